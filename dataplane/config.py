@@ -1,0 +1,97 @@
+"""The agent's settings, checked. The command line fills them in; nothing else reads options."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataplane.errors import InputError
+
+DEFAULT_CONTROL = Path("/run/podgate/control.sock")
+
+
+class Mode(enum.StrEnum):
+    """What a pod may do before a policy isolates it: everything, or nothing."""
+
+    STANDARD = "standard"
+    STRICT = "strict"
+
+
+class Fail(enum.StrEnum):
+    """What becomes of steered packets that nobody can judge: dropped, or let through."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+
+
+class Backend(enum.StrEnum):
+    NATIVE = "native"
+    NETFILTERQUEUE = "netfilterqueue"
+
+
+class OnStop(enum.StrEnum):
+    """AUTO keeps the kernel's rules on SIGTERM and cleans up on Ctrl-C in a terminal."""
+
+    AUTO = "auto"
+    KEEP = "keep"
+    CLEAN = "clean"
+
+
+class IptablesVariant(enum.StrEnum):
+    AUTO = "auto"
+    NFT = "nft"
+    LEGACY = "legacy"
+
+
+@dataclass(frozen=True, slots=True)
+class MarkLayout:
+    """Our three bits of the packet mark, single-bit masks.
+
+    E (`egress`) and I (`ingress`) are also kept in the connection's mark: the egress of the
+    originator's pod, the ingress of the responder's pod was judged. R (`reply`) is only ever on a
+    packet inside FORWARD: conntrack says the packet has the flow's REPLY direction.
+    """
+
+    egress: int = 0x10000000
+    ingress: int = 0x20000000
+    reply: int = 0x40000000
+
+    @property
+    def mask(self) -> int:
+        """All three bits."""
+        return self.egress | self.ingress | self.reply
+
+    @property
+    def saved(self) -> int:
+        """The two bits that are kept in the connection's mark."""
+        return self.egress | self.ingress
+
+    @classmethod
+    def from_mask(cls, mask: int) -> MarkLayout:
+        """The layout for a mask of exactly three bits, E the lowest and R the highest."""
+        bits = [1 << position for position in range(32) if mask >> position & 1]
+        if len(bits) != 3 or mask >> 32:
+            raise InputError(f"--mark-mask {mask:#x}: needs exactly three bits of 32, for example 0x70000000")
+        return cls(*bits)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Everything `podgate agent` can be told."""
+
+    sources: tuple[Path, ...]
+    node_ips: tuple[bytes, ...] = ()  # empty: this node's own addresses
+    node_name: str | None = None
+    mode: Mode = Mode.STANDARD
+    fail: Fail = Fail.CLOSED
+    queues: int = 1
+    queue_base: int = 0
+    backend: Backend = Backend.NATIVE
+    offload: bool = True
+    spoof_check: bool = True
+    iptables: IptablesVariant = IptablesVariant.AUTO
+    marks: MarkLayout = MarkLayout()
+    veth_prefix: str = "eni"
+    on_stop: OnStop = OnStop.AUTO
+    control: Path = DEFAULT_CONTROL

@@ -1,0 +1,99 @@
+# The verdict engine: decode, flow cache, rules, verdict with its reason. Pure computation: no I/O.
+#
+# Theory of operation. A Publisher holds the table in force. Each queue thread owns one Worker and
+# brackets every burst with worker_enter / worker_leave: enter takes the current table and announces
+# it in the worker's hazard slot, leave clears the slot AFTER the burst's verdicts have been sent.
+# A table may be freed, and live flows may be judged again from conntrack, once no worker announces
+# an older one.
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
+from libc.stddef cimport size_t
+
+from dataplane._packet cimport packet_t, flow_t
+from dataplane._reasons cimport reason_t
+from dataplane._rules cimport table_t, RuleTable
+from dataplane._flows cimport cache_t
+
+cdef enum hook_t:                 # NF_INET_*, linux/netfilter.h
+    HOOK_LOCAL_IN = 1
+    HOOK_FORWARD = 2
+
+cdef enum offload_bit_t:
+    BIT_EGRESS = 1                # E: the egress of the originator's pod was judged
+    BIT_INGRESS = 2               # I: the ingress of the responder's pod was judged
+
+cdef enum direction_t:
+    DIR_NONE = 0
+    DIR_INGRESS = 1
+    DIR_EGRESS = 2
+
+# How a packet came. `indev` and `outdev` are the bridge ports where the packet crossed a bridge
+# (NFQA_IFINDEX_PHYSINDEV / PHYSOUTDEV), else the devices; 0 = unknown or none.
+cdef struct path_t:
+    uint32_t indev
+    uint32_t outdev
+    uint8_t hook                  # hook_t
+    uint8_t reply                 # 1: conntrack says this packet has the flow's REPLY direction
+
+cdef struct verdict_t:
+    uint8_t allow                 # 1 accept, 0 drop
+    uint8_t reason                # reason_t: why, in one word
+    uint8_t direction             # direction_t: the end that decided
+    uint8_t bits                  # offload_bit_t: ends judged; only meaningful when allow
+    uint8_t cached                # 1: from the flow cache
+    uint8_t egress_reason         # reason_t of each end; R_NONE: not reached
+    uint8_t ingress_reason
+    int32_t egress_rule           # rule id in the pod's RuleSet, -1: none
+    int32_t ingress_rule
+    int32_t egress_pod            # index into the table's pods, -1: no pod of this node
+    int32_t ingress_pod
+
+# What a reader of live verdicts sees. 128 bytes, fixed; written by the queue thread, read by Python.
+cdef struct event_t:
+    uint64_t when_ns              # CLOCK_REALTIME
+    packet_t packet
+    path_t path
+    verdict_t verdict
+    uint32_t generation
+
+cdef enum capture_t:              # which packets become events
+    CAPTURE_NONE = 0
+    CAPTURE_DENIED = 1
+    CAPTURE_MISSES = 2            # denied, and allowed ones that were evaluated rather than cached
+    CAPTURE_ALL = 3
+
+cdef struct worker_t:
+    cache_t *cache
+    table_t *table                # valid between worker_enter and worker_leave; NULL: no table yet
+    table_t *hazard               # atomic: what the publisher must not free
+    table_t **current             # atomic: the publisher's slot
+    event_t *ring                 # power-of-two ring, single producer, single consumer
+    uint32_t ring_mask
+    uint32_t capture              # capture_t, atomic
+    uint64_t ring_head            # atomic, written by the worker
+    uint64_t ring_tail            # atomic, written by the reader
+    uint64_t ring_lost            # atomic: events that found the ring full
+    uint64_t packets[2][3][32]    # [allow][direction_t][reason_t]
+    uint64_t bytes[2][3][32]
+    uint64_t cache_hits
+    uint64_t cache_misses
+
+cdef void worker_enter(worker_t *worker) noexcept nogil
+cdef void worker_leave(worker_t *worker) noexcept nogil
+
+# The verdict for one packet; counts it, and records the event where capture asks for it. Between
+# worker_enter and worker_leave only. Always leaves a verdict with a reason.
+cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, size_t wire,
+                       const path_t *path, verdict_t *out) noexcept nogil
+
+# The verdict for a live flow known by its addresses alone (conntrack has no interfaces), as its
+# originator's packets have it after translation. No cache, no counters.
+cdef void judge_flow(const table_t *table, const flow_t *flow, verdict_t *out) noexcept nogil
+
+cdef class Publisher:
+    cdef table_t *current         # atomic
+    cdef object _tables           # every RuleTable a worker may still see, newest last
+    cdef object _workers
+
+cdef class Worker:
+    cdef worker_t c
+    cdef readonly Publisher publisher

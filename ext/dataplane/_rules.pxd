@@ -1,0 +1,88 @@
+# Compiled rules. A RuleSet is what one direction of one pod allows: disjoint address intervals,
+# sorted, each with one merged set of (protocol, port) ranges. A RuleTable is everything the engine
+# needs for this node's pods. Both are immutable once made and are shared between threads.
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
+
+from dataplane._packet cimport addr_t, flow_t
+
+# Ports are searched as one number, protocol << 16 | port; a protocol without ports has port 0.
+# A rule without ports covers 0 .. 0xFFFFFF: every protocol and every port.
+cdef struct port_range_t:
+    uint32_t first
+    uint32_t last         # inclusive
+    uint32_t slot         # index into the cell's rule ids: which rule allows this range
+
+# What one address interval allows: ranges[first_range : first_range + n_ranges], sorted, disjoint.
+cdef struct cell_t:
+    uint32_t first_range
+    uint32_t n_ranges
+    uint32_t first_rule_id    # rule_ids[first_rule_id + slot] is the rule that allows
+
+# One family of a RuleSet. Interval i is [starts[i], starts[i + 1] - 1]; the first start is the
+# lowest address of the family, the last interval ends at its highest.
+cdef struct ruleset_t:
+    uint32_t n4
+    uint32_t n6
+    const uint32_t *starts4
+    const uint32_t *cells4    # index into cells, per interval
+    const addr_t *starts6
+    const uint32_t *cells6
+    const cell_t *cells
+    const port_range_t *ranges
+    const uint32_t *rule_ids
+
+# The rule of `rules` that allows `peer` at (protocol, port), or -1. The lowest rule id that matches.
+cdef int32_t ruleset_find(const ruleset_t *rules, uint8_t family, const addr_t *peer,
+                          uint8_t protocol, uint16_t port) noexcept nogil
+
+cdef class RuleSet:
+    cdef ruleset_t c
+    cdef readonly object rules        # tuple of what it was compiled from; rule id = index
+    cdef readonly object tag          # the caller's own: what the rules are to it
+    cdef void *block
+    cdef readonly Py_ssize_t nbytes
+
+cdef enum pod_flag_t:
+    POD_INGRESS_ISOLATED = 1          # `ingress` is valid
+    POD_EGRESS_ISOLATED = 2           # `egress` is valid
+    POD_SPOOF_CHECK = 4               # a packet from its interface must carry one of its addresses
+    POD_BRANCH = 8                    # on a branch interface: own-node traffic passes FORWARD
+    POD_UNKNOWN = 16                  # strict mode: an interface no policy has been read for yet
+
+cdef struct pod_t:
+    const ruleset_t *ingress
+    const ruleset_t *egress
+    uint32_t flags                    # pod_flag_t
+    uint32_t first_address            # addresses[first_address : first_address + n_addresses]
+    uint32_t n_addresses
+
+cdef struct address_t:
+    addr_t address
+    uint32_t pod                      # index into pods
+    uint8_t family
+
+cdef struct table_t:
+    uint32_t generation               # 1, 2, …; 0 is never used
+    uint32_t n_pods
+    uint32_t n_addresses
+    uint32_t n_own
+    uint32_t device_mask              # size of the device hash - 1, a power of two - 1
+    const pod_t *pods
+    const address_t *addresses        # grouped by pod
+    const address_t *by_address       # the same, sorted by (family, address)
+    const address_t *own_node         # this node's own addresses, sorted; `pod` unused
+    const uint32_t *device_keys       # open addressing: ifindex, 0 = empty
+    const uint32_t *device_pods       # index into pods
+
+# Index of the pod behind an interface or with an address, or -1.
+cdef int32_t table_pod_by_device(const table_t *table, uint32_t ifindex) noexcept nogil
+cdef int32_t table_pod_by_address(const table_t *table, uint8_t family, const addr_t *address) noexcept nogil
+cdef bint table_is_own_node(const table_t *table, uint8_t family, const addr_t *address) noexcept nogil
+cdef bint table_pod_has_address(const table_t *table, uint32_t pod, uint8_t family, const addr_t *address) noexcept nogil
+
+cdef class RuleTable:
+    cdef table_t c
+    cdef readonly object pods         # tuple of the PodEntry objects it was made from, by pod index
+    cdef readonly object own_addresses
+    cdef void *block
+    cdef readonly Py_ssize_t nbytes
