@@ -1,0 +1,42 @@
+# make run    the demo: pods as network namespaces, policies applied live, real packets
+# make test   everything: lint, types, unit, property, namespace and end-to-end tests
+# Both set this machine up by themselves (system packages, .venv, build) and are quick to repeat.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: run test setup lint types unit bench micro wheel clean help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make bench  whole-path benchmarks with their baselines (several minutes)"
+
+setup:
+	@.ci/setup
+
+run: setup
+	@$(BIN)/podgate lab demo
+
+test: setup lint types
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/cython-lint ext/dataplane/*.pyx ext/dataplane/*.pxd
+	@.ci/performance-hints
+
+types: setup
+	@$(BIN)/mypy
+
+bench: setup
+	@$(BIN)/python bench/whole_path.py
+
+micro: setup
+	@$(BIN)/python bench/micro.py
+
+wheel: setup
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .venv dataplane/*.so ext/dataplane/*.c
