@@ -1,0 +1,261 @@
+"""The node agent: the composition root, and the only module that knows all others.
+
+Start order, so that nothing is ever judged by half the rules:
+ 1. the control socket (a second agent stops here), links by netlink, every source read once;
+ 2. the first table compiled and published, then the queue threads bound;
+ 3. only then chains, sets and device groups: the kernel's rules change when somebody can answer;
+ 4. live flows of an earlier run judged again.
+
+Every later change runs the same steps from the present alone: compile, publish, wait until no queue
+thread still uses the old table, steer, judge live flows again. A step that the kernel refuses
+becomes a problem in `status` and is tried again; until then the last good rules stay in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from dataplane._engine import Publisher
+from dataplane.answers import Answers
+from dataplane.config import AgentConfig, OnStop
+from dataplane.errors import KernelError
+from dataplane.model import Problem, Snapshot
+from dataplane.node import conntrack
+from dataplane.node.interfaces import Interfaces
+from dataplane.node.queues import QueueSet
+from dataplane.node.steering import Steering
+from dataplane.observe.control import ControlServer
+from dataplane.observe.log import Logger, get_logger
+from dataplane.plan import Plan, make_plan, touched
+from dataplane.policy.compile import Compiler
+from dataplane.sources.directory import DirectorySource
+from dataplane.sources.store import Store
+
+RETRY_SECONDS = 2.0  # after a step that the kernel refused
+VERIFY_SECONDS = 10.0  # how often others' changes to our rules are looked for
+QUIESCE_SECONDS = 0.0005  # a burst takes tens of microseconds …
+QUIESCE_LIMIT_SECONDS = 5.0  # … so a thread that takes this long is stuck
+RING_ENTRIES = 8192  # verdict events per queue thread
+
+
+class Agent:
+    """Runs until told to stop. One per network namespace and range of queue numbers."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        self.log: Logger = get_logger()
+        self.store = Store()
+        self.source = DirectorySource(config.sources, self.store)
+        self.interfaces = Interfaces()
+        self.compiler = Compiler()
+        self.publisher = Publisher()
+        self.steering = Steering(config)
+        self.queues = QueueSet(
+            self.publisher,
+            backend=config.backend,
+            numbers=range(config.queue_base, config.queue_base + config.queues),
+            marks=config.marks,
+            fail=config.fail,
+            offload=config.offload,
+            ring_entries=RING_ENTRIES,
+        )
+        self.snapshot = Snapshot()
+        self.in_force: Plan | None = None  # the last plan whose every step succeeded
+        self.refused: str | None = None  # why the newest plan is not in force
+        self.faults: list[str] = []  # what the last look at our own rules and threads found
+        self._generation = 0
+        self._stop = asyncio.Event()
+        self._stop_signal: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything known is in force and nothing is in the way of judging packets."""
+        plan = self.in_force
+        return plan is not None and not plan.problems and self.refused is None and not self.faults
+
+    # --- life ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Start, enforce, and stop on SIGTERM or SIGINT."""
+        answers = Answers(self)
+        control = ControlServer(self.config.control, answers.by_name(), answers.streams())
+        await control.start()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopped_by, number)
+        try:
+            await self.interfaces.start()
+            self.source.load()
+            await self._until_stopped(self.source.run(), self._enforce())
+        finally:
+            await asyncio.to_thread(self._leave_kernel)
+            await self.interfaces.stop()
+            await control.stop()
+
+    async def _until_stopped(self, *parts: Coroutine[Any, Any, None]) -> None:
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(part) for part in parts]
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            done, _ = await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stop}:
+                task.result()  # a part never ends by itself: let its error out
+        finally:
+            for task in (stop, *tasks):
+                task.cancel()
+            await asyncio.gather(stop, *tasks, return_exceptions=True)
+
+    def _stopped_by(self, number: int) -> None:
+        self._stop_signal = number
+        self._stop.set()
+
+    def _leave_kernel(self) -> None:
+        """Take our rules away, or leave them to the next agent; then end the queue threads."""
+        config = self.config
+        at_terminal = self._stop_signal == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
+        if config.on_stop is OnStop.CLEAN or (config.on_stop is OnStop.AUTO and at_terminal):
+            # Rules first: whatever they still queue is answered while the threads live.
+            removed = self.steering.remove()
+            conntrack.clear_all(config.marks)
+            self.log.info("cleaned up", removed=len(removed))
+        elif self.in_force is not None:
+            self.log.info(
+                "rules stay in the kernel for the next agent",
+                until_then="new flows wait" if config.fail == "closed" else "new flows pass unjudged",
+                remove_with="podgate cleanup",
+            )
+        self.queues.stop()
+
+    # --- putting in force ------------------------------------------------------------------------
+
+    async def _enforce(self) -> None:
+        await asyncio.to_thread(self.steering.detect)
+        self._take_snapshot()
+        self.publisher.publish(self._plan().table)
+        self.queues.start()
+        built = await asyncio.to_thread(self.steering.install)
+        self.log.info(
+            "rules in the kernel",
+            iptables=str(self.steering.variant),
+            state="built" if built else "kept as found",
+        )
+        verify_at = time.monotonic() + VERIFY_SECONDS
+        while True:
+            await self._reconcile()
+            while not await self._change(until=verify_at):
+                await self._verify()
+                verify_at = time.monotonic() + VERIFY_SECONDS
+
+    async def _change(self, until: float) -> bool:
+        """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
+        waits = [
+            asyncio.create_task(self.store.wait_change()),
+            asyncio.create_task(self.interfaces.wait_change()),
+        ]
+        patience = until - time.monotonic()
+        if self.refused is not None:
+            patience = min(patience, RETRY_SECONDS)
+        try:
+            done, _ = await asyncio.wait(waits, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return bool(done) or (self.refused is not None and time.monotonic() < until)
+
+    def _take_snapshot(self) -> None:
+        before = set(self.snapshot.problems)
+        self.snapshot = self.store.snapshot()
+        for problem in self.snapshot.problems:
+            if problem not in before:
+                self._log_problem(problem)
+
+    def _log_problem(self, problem: Problem) -> None:
+        self.log.warning(
+            "bad object",
+            file=problem.source,
+            object=problem.object,
+            field=problem.field,
+            reason=problem.reason,
+        )
+
+    def _plan(self) -> Plan:
+        self._generation += 1
+        return make_plan(self.config, self.snapshot, self.interfaces.state, self.compiler, self._generation)
+
+    async def _reconcile(self) -> None:
+        started = time.monotonic()
+        self._take_snapshot()
+        plan = self._plan()
+        try:
+            seen, cut = await self._put_in_force(plan)
+        except KernelError as error:
+            if self.refused != str(error):
+                self.log.error("change not in force, will be tried again", error=str(error))
+            self.refused = str(error)
+            return
+        first = self.in_force is None
+        if first or self._differs(plan):
+            self.log.info(
+                "ready" if first else "rules in force",
+                generation=plan.table.generation,
+                pods=len(plan.rules),
+                policies=plan.policies,
+                flows_judged_again=seen,
+                flows_cut=cut,
+                ms=round((time.monotonic() - started) * 1000, 1),
+            )
+        for problem in plan.problems:
+            if self.in_force is None or problem not in self.in_force.problems:
+                self.log.error("not ready", problem=problem)
+        self.in_force, self.refused = plan, None
+
+    def _differs(self, plan: Plan) -> bool:
+        old = self.in_force
+        return old is None or (old.rules, old.placements) != (plan.rules, plan.placements)
+
+    async def _put_in_force(self, plan: Plan) -> tuple[int, int]:
+        """Publish, steer, judge live flows again; flows looked at and flows cut."""
+        self.publisher.publish(plan.table)
+        return await asyncio.to_thread(self._apply_to_kernel, plan)
+
+    def _apply_to_kernel(self, plan: Plan) -> tuple[int, int]:
+        marks = self.config.marks
+        # Until then a verdict of the old table may still be on its way into conntrack.
+        deadline = time.monotonic() + QUIESCE_LIMIT_SECONDS
+        while not self.publisher.quiesced():
+            if time.monotonic() > deadline:
+                raise KernelError("a queue thread does not take up new rules; restart the agent")
+            time.sleep(QUIESCE_SECONDS)
+        self.steering.apply(plan.steered, plan.services)
+        if self.in_force is None:
+            # An earlier agent's flows: policies may have changed while nobody ran.
+            swept = conntrack.rejudge(plan.table, marks, None)
+            return swept.seen, swept.cleared
+        renewed, rejudged = touched(self.in_force, plan)
+        seen = cut = 0
+        if renewed:
+            conntrack.clear(marks, renewed)
+        if rejudged:
+            swept = conntrack.rejudge(plan.table, marks, rejudged)
+            seen, cut = swept.seen, swept.cleared
+        return seen, cut
+
+    async def _verify(self) -> None:
+        """Put back what others changed of our rules, and notice queue threads that have ended."""
+        faults = self.queues.healthy()
+        try:
+            changed = await asyncio.to_thread(self.steering.verify)
+            if changed:
+                self.log.error("others changed our rules, putting them back", what="; ".join(changed))
+                await asyncio.to_thread(self.steering.install)
+                await self._put_in_force(self._plan())
+        except KernelError as error:
+            faults.append(str(error))
+        for fault in faults:
+            if fault not in self.faults:
+                self.log.error("fault", what=fault)
+        self.faults = faults

@@ -1,0 +1,193 @@
+"""What the agent answers on its control socket: status, rules, flows, explain, live events."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dataplane._engine import judge_flow
+from dataplane._rules import RuleTable
+from dataplane.addresses import format_address
+from dataplane.errors import InputError, KernelError
+from dataplane.model import Key
+from dataplane.node import conntrack
+from dataplane.observe.control import Answer, Query, Stream
+from dataplane.observe.events import CAPTURE, describe_event, protocol_name
+from dataplane.plan import node_addresses
+from dataplane.policy.explain import describe_rules, explain, find_peer, known_pods, parse_family, parse_port
+
+if TYPE_CHECKING:
+    from dataplane.agent import Agent
+
+EVENT_SECONDS = 0.02  # how often the event rings are emptied while somebody reads
+READER_EVENTS = 8192  # how far a reader may lag before it loses records
+
+
+class Answers:
+    """Reads the agent's state; changes nothing but how many events are captured."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self._readers: dict[asyncio.Queue[dict[str, Any]], str] = {}
+        self._pump: asyncio.Task[None] | None = None
+
+    def by_name(self) -> Mapping[str, Answer]:
+        """The single answers, by path."""
+        return {"status": self.status, "rules": self.rules, "flows": self.flows, "explain": self.explain}
+
+    def streams(self) -> Mapping[str, Stream]:
+        """The streams of JSON lines, by path."""
+        return {"events": self.events}
+
+    def _table(self) -> RuleTable:
+        table = self.agent.publisher.table
+        if table is None:
+            raise InputError("the agent has no rules yet: it is still starting")
+        return table
+
+    async def status(self, _query: Query) -> dict[str, Any]:
+        """How the agent is."""
+        agent, plan = self.agent, self.agent.in_force
+        counters: Counter[str] = Counter()
+        for worker in agent.queues.workers:
+            for (_allow, _direction, reason), (packets, _bytes) in worker.counters().items():
+                counters[reason.text] += packets
+        problems = list(agent.faults)
+        if agent.refused:
+            problems.append(agent.refused)
+        if plan is not None:
+            problems += plan.problems
+            problems += [f"pod {key}: its policies wait for its interface to appear" for key in plan.waiting]
+        problems += [str(problem) for problem in agent.snapshot.problems]
+        queues = []
+        if plan is not None:
+            try:
+                for reason, packets in (await asyncio.to_thread(agent.steering.counters)).items():
+                    counters[reason.text] += packets
+            except KernelError as error:
+                problems.append(str(error))
+            for queue in agent.queues.stats():
+                counters["queue-full"] += queue.dropped + queue.user_dropped
+                queues.append(
+                    {
+                        "num": queue.num,
+                        "depth": queue.depth,
+                        "dropped": queue.dropped,
+                        "user_dropped": queue.user_dropped,
+                    }
+                )
+        variant = agent.steering.variant
+        return {
+            "ready": agent.ready,
+            "generation": plan.table.generation if plan else 0,
+            "mode": str(agent.config.mode),
+            "fail": str(agent.config.fail),
+            "backend": str(agent.config.backend),
+            "iptables": str(variant) if variant else None,
+            "pods": len(plan.rules) if plan else 0,
+            "policies": plan.policies if plan else 0,
+            "queues": queues,
+            "counters": {reason: count for reason, count in sorted(counters.items()) if count},
+            "problems": problems,
+            "pid": os.getpid(),
+        }
+
+    async def rules(self, query: Query) -> dict[str, Any]:
+        """The compiled rules of one pod of this node."""
+        name = query.get("pod", "")
+        pods = self._table().pods
+        for entry in pods:
+            if str(entry.key) == name:
+                return describe_rules(entry)
+        known = ", ".join(str(entry.key) for entry in pods) or "none"
+        raise InputError(f"{name}: no such pod with an interface on this node; known here: {known}")
+
+    async def explain(self, query: Query) -> dict[str, Any]:
+        """The verdict for one packet, by the rules in force."""
+        agent = self.agent
+        pods = known_pods(agent.snapshot, node_addresses(agent.config, agent.interfaces.state))
+        return explain(
+            self._table(),
+            find_peer(query.get("from", ""), pods, "--from"),
+            find_peer(query.get("to", ""), pods, "--to"),
+            parse_port(query.get("port", "")),
+            parse_family(query.get("family")),
+        )
+
+    async def flows(self, _query: Query) -> list[dict[str, Any]]:
+        """Live flows from conntrack that touch a pod of this node, with their verdict now."""
+        table, names = self._table(), self._names()
+        rows = []
+        for flow in await asyncio.to_thread(conntrack.flows, self.agent.config.marks):
+            if flow.src not in names and flow.dst not in names:
+                continue
+            verdict = judge_flow(table, flow.src, flow.dst, flow.protocol, flow.sport, flow.dport)
+            rows.append(
+                {
+                    "verdict": "allow" if verdict.allow else "deny",
+                    "reason": verdict.reason.text,
+                    "src": format_address(flow.src),
+                    "src_port": flow.sport,
+                    "dst": format_address(flow.dst),
+                    "dst_port": flow.dport,
+                    "protocol": protocol_name(flow.protocol),
+                    "src_pod": self._name(names, flow.src),
+                    "dst_pod": self._name(names, flow.dst),
+                    "state": flow.state,
+                    "egress_judged": flow.egress,
+                    "ingress_judged": flow.ingress,
+                    "packets": flow.packets,
+                    "bytes": flow.bytes,
+                    "timeout": flow.timeout,
+                }
+            )
+        return rows
+
+    def _names(self) -> dict[bytes, Key]:
+        plan = self.agent.in_force
+        placed = plan.addresses if plan else {}
+        return {address: key for key, addresses in placed.items() for address in addresses}
+
+    @staticmethod
+    def _name(names: Mapping[bytes, Key], address: bytes) -> str | None:
+        key = names.get(address)
+        return str(key) if key else None
+
+    async def events(self, query: Query) -> AsyncIterator[dict[str, Any]]:
+        """Live verdicts while somebody reads. `capture`: denied, misses (the default) or all."""
+        capture = query.get("capture", "misses")
+        if capture not in CAPTURE:
+            raise InputError(f"capture={capture}: one of {', '.join(CAPTURE)}")
+        mine: asyncio.Queue[dict[str, Any]] = asyncio.Queue(READER_EVENTS)
+        self._readers[mine] = capture
+        self._set_capture()
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._pump_events())
+        try:
+            while True:
+                yield await mine.get()
+        finally:
+            del self._readers[mine]
+            self._set_capture()
+
+    def _set_capture(self) -> None:
+        level = max((CAPTURE[name] for name in self._readers.values()), default=CAPTURE["none"])
+        for worker in self.agent.queues.workers:
+            worker.capture = level
+
+    async def _pump_events(self) -> None:
+        while self._readers:
+            names = self._names()
+            for worker in self.agent.queues.workers:
+                for event in worker.events(READER_EVENTS):
+                    row = describe_event(event, lambda ip: self._name(names, ip), self.agent.config.node_name)  # noqa: B023
+                    self._deliver(row)
+            await asyncio.sleep(EVENT_SECONDS)
+
+    def _deliver(self, row: dict[str, Any]) -> None:
+        for reader in self._readers:
+            if not reader.full():  # a slow reader loses records of its own only
+                reader.put_nowait(row)

@@ -1,0 +1,150 @@
+"""`podgate agent`: runs the node agent in the foreground."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dataplane.addresses import parse_address
+from dataplane.cli.client import control_option
+from dataplane.config import AgentConfig, Backend, Fail, IptablesVariant, MarkLayout, Mode, OnStop
+from dataplane.errors import InputError
+
+
+class _Address(click.ParamType):
+    name = "IP"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        try:
+            return parse_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _choice(kind: type[StrEnum]) -> click.Choice[str]:
+    return click.Choice([member.value for member in kind])
+
+
+def _option(name: str, **settings: Any) -> Any:
+    """An option that also comes from PODGATE_<NAME>."""
+    variable = "PODGATE_" + name.lstrip("-").split("/")[0].upper().replace("-", "_")
+    extra = settings.pop("also", [])
+    return click.option(name, envvar=[variable, *extra], show_default=True, show_envvar=True, **settings)
+
+
+@click.command(epilog="Example:  podgate agent --source ./policies --node-ip 10.0.0.1 --node-ip fd00::1")
+@_option(
+    "--source",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A file or directory of YAML, watched. Repeatable.",
+)
+@_option(
+    "--node-ip",
+    multiple=True,
+    type=_Address(),
+    also=["NODE_IP"],
+    help="An address by which objects name this node (hostIP). Repeatable. Default: this node's own.",
+)
+@_option("--node-name", also=["NODE_NAME"], help="This node's name, for logs.")
+@_option(
+    "--mode",
+    type=_choice(Mode),
+    default=Mode.STANDARD.value,
+    also=["NETWORK_POLICY_ENFORCING_MODE"],
+    help="strict: pods are isolated from their first packet, whether or not a policy selects them.",
+)
+@_option(
+    "--fail",
+    type=_choice(Fail),
+    default=Fail.CLOSED.value,
+    help="What becomes of steered packets that nobody can judge: dropped, or let through.",
+)
+@_option("--queues", type=click.IntRange(1, 64), default=1, help="Queues, one thread each.")
+@_option("--queue-base", type=click.IntRange(0, 65472), default=0, help="Number of the first queue.")
+@_option(
+    "--backend",
+    type=_choice(Backend),
+    default=Backend.NATIVE.value,
+    help="native: our netlink loop. netfilterqueue: the NetfilterQueue package, about ten times slower.",
+)
+@_option(
+    "--offload/--no-offload",
+    default=True,
+    help="Let the kernel pass the rest of a flow once it is judged, or inspect every packet.",
+)
+@_option(
+    "--spoof-check",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    help="Drop packets from pods whose source is not one of the pod's addresses.",
+)
+@_option(
+    "--iptables",
+    type=_choice(IptablesVariant),
+    default=IptablesVariant.AUTO.value,
+    help="auto: the variant that holds kube-proxy's chains, else nft.",
+)
+@_option(
+    "--mark-mask",
+    default="0x70000000",
+    help="Three bits of packet and connection mark that no other program uses.",
+)
+@_option("--veth-prefix", default="eni", help="How the CNI names pods' host interfaces (VPC CNI: eni).")
+@_option(
+    "--on-stop",
+    type=_choice(OnStop),
+    default=OnStop.AUTO.value,
+    help="Keep our rules in the kernel or take them away; auto: keep on SIGTERM, clean on Ctrl-C.",
+)
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="PODGATE_LOG_FORMAT"
+)
+@control_option
+def command(log_format: str, **options: Any) -> None:
+    """Enforce policies on the pods of this network namespace, in the foreground.
+
+    Reads PolicyEndpoint and Pod objects, steers isolated pods' packets into NFQUEUE and judges
+    them. Needs root (CAP_NET_ADMIN and CAP_NET_RAW).
+    """
+    try:
+        mask = int(options.pop("mark_mask"), 0)
+    except ValueError:
+        raise InputError("--mark-mask: write it as a number, for example 0x70000000") from None
+    config = AgentConfig(
+        sources=options["source"],
+        node_ips=options["node_ip"],
+        node_name=options["node_name"] or os.uname().nodename,
+        mode=Mode(options["mode"]),
+        fail=Fail(options["fail"]),
+        queues=options["queues"],
+        queue_base=options["queue_base"],
+        backend=Backend(options["backend"]),
+        offload=options["offload"],
+        spoof_check=options["spoof_check"] == "on",
+        iptables=IptablesVariant(options["iptables"]),
+        marks=MarkLayout.from_mask(mask),
+        veth_prefix=options["veth_prefix"],
+        on_stop=OnStop(options["on_stop"]),
+        control=options["control"],
+    )
+    for source in config.sources:
+        if not source.exists():
+            raise InputError(f"--source {source}: no such file or directory")
+
+    import uvloop
+
+    from dataplane.agent import Agent
+    from dataplane.observe.log import configure
+
+    configure(log_format)
+    # Steering works line by line in other programs' output; their language must be known.
+    os.environ["LC_ALL"] = "C"
+    uvloop.run(Agent(config).run())

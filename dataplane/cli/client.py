@@ -1,0 +1,67 @@
+"""Asking the running agent: HTTP on its unix socket, with the standard library alone (quick to start)."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import click
+
+from dataplane.config import DEFAULT_CONTROL
+from dataplane.errors import AgentUnreachable, InputError
+
+control_option = click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_CONTROL,
+    envvar="PODGATE_CONTROL",
+    show_default=True,
+    show_envvar=True,
+    help="The running agent's control socket.",
+)
+
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Text for people, JSON for machines.",
+)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("agent", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def ask(control: Path, what: str, timeout: float = 10.0, **query: str) -> Any:
+    """The agent's answer to GET /`what`. AgentUnreachable when no agent answers."""
+    connection = _UnixConnection(control, timeout)
+    try:
+        connection.request("GET", f"/{what}?{urlencode(query)}")
+        response = connection.getresponse()
+        body = json.loads(response.read())
+    except FileNotFoundError:
+        raise AgentUnreachable(
+            f"no agent at {control}: start one with `podgate agent`, or name its socket with --control"
+        ) from None
+    except PermissionError:
+        raise AgentUnreachable(f"{control}: permission denied; the agent's socket is root's") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise AgentUnreachable(f"the agent at {control} does not answer: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise InputError(body.get("error", f"the agent answered {response.status}"))
+    return body

@@ -1,0 +1,59 @@
+"""A verdict as the record people and programs read: flow-log field names, pods and policies named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from dataplane.addresses import format_address
+from dataplane.model import PROTOCOL_NAMES, Direction
+from dataplane.verdict import Event, Verdict
+
+# How much of the traffic becomes events; the values are the engine's capture levels.
+CAPTURE = {"none": 0, "denied": 1, "misses": 2, "all": 3}
+
+OTHER_PROTOCOLS = {1: "ICMP", 58: "ICMPv6", 33: "DCCP", 136: "UDPLITE", 47: "GRE", 50: "ESP", 51: "AH"}
+
+NameOf = Callable[[bytes], str | None]
+
+
+def protocol_name(number: int) -> str:
+    """`TCP`, `ICMPv6` …, or the number."""
+    return PROTOCOL_NAMES.get(number) or OTHER_PROTOCOLS.get(number, str(number))
+
+
+def deciding_policy(verdict: Verdict) -> str | None:
+    """`namespace/name` of the policy whose rule decided, the deciding end's first; None: no rule did."""
+    ends = [(verdict.egress, Direction.EGRESS), (verdict.ingress, Direction.INGRESS)]
+    ends.sort(key=lambda end: end[1] is not verdict.direction)
+    for end, direction in ends:
+        if end.pod is not None and end.rule_id >= 0:
+            rules = end.pod.egress if direction is Direction.EGRESS else end.pod.ingress
+            if rules is not None:
+                return str(rules.rules[end.rule_id][0])
+    return None
+
+
+def describe_event(event: Event, name_of: NameOf, node: str | None) -> dict[str, Any]:
+    """One event as a JSON-ready record. `name_of` gives the pod behind an address, or None."""
+    verdict, packet, flow = event.verdict, event.packet, event.packet.flow
+    return {
+        "ts": datetime.fromtimestamp(event.when_ns / 1e9, UTC).isoformat(timespec="microseconds"),
+        "verdict": "allow" if verdict.allow else "deny",
+        "reason": verdict.reason.text,
+        "direction": str(verdict.direction) if verdict.direction else None,
+        "policy": deciding_policy(verdict),
+        "src": format_address(flow.src) if flow.src else None,
+        "src_port": flow.sport if flow.has_ports else None,
+        "dst": format_address(flow.dst) if flow.dst else None,
+        "dst_port": flow.dport if flow.has_ports else None,
+        "protocol": protocol_name(flow.protocol),
+        "src_pod": name_of(flow.src) if flow.src else None,
+        "dst_pod": name_of(flow.dst) if flow.dst else None,
+        "node": node,
+        "reply": event.reply,
+        "cached": verdict.cached,
+        "generation": event.generation,
+        "bytes": packet.length,
+    }

@@ -1,0 +1,133 @@
+"""From the objects and links known now to what the kernel and the engine must hold: pure, no I/O.
+
+A plan depends on the present alone, never on history. `touched` compares two plans to tell which
+live flows a change concerns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dataplane._rules import RuleTable
+from dataplane.config import AgentConfig, Mode
+from dataplane.model import Key, Snapshot
+from dataplane.node.interfaces import (
+    Kind,
+    LinkState,
+    Placement,
+    link_problems,
+    local_service_addresses,
+    locate,
+    own_node_addresses,
+)
+from dataplane.node.steering import SteeredPod
+from dataplane.policy.compile import Compiler, PodEntry
+from dataplane.policy.effective import PodRules, changed_pods, effective_rules, local_pods
+
+ANNOTATION_SPOOF_CHECK = "podgate.dev/spoof-check"  # "off" on pods that route for others
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that one change puts in force.
+
+    `rules`: the isolated pods of this node. `placements` and `addresses`: every known pod of this
+    node, isolated or not. `waiting`: isolated pods whose interface is not there (yet).
+    """
+
+    table: RuleTable
+    rules: dict[Key, PodRules]
+    placements: dict[Key, Placement]
+    addresses: dict[Key, tuple[bytes, ...]]
+    steered: tuple[SteeredPod, ...]
+    services: frozenset[str]
+    waiting: tuple[Key, ...]
+    policies: int
+    problems: tuple[str, ...]
+
+
+def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:
+    """The addresses by which objects name this node: --node-ip, else those of its links."""
+    return frozenset(config.node_ips) or own_node_addresses(state)
+
+
+def make_plan(
+    config: AgentConfig, snapshot: Snapshot, state: LinkState, compiler: Compiler, generation: int
+) -> Plan:
+    """What is to be in force for these objects on these links."""
+    node_ips = node_addresses(config, state)
+    rules = effective_rules(snapshot, node_ips)
+    addresses = {**local_pods(snapshot, node_ips), **{key: pod.addresses for key, pod in rules.items()}}
+    routers = {pod.key for pod in snapshot.pods if pod.annotations.get(ANNOTATION_SPOOF_CHECK) == "off"}
+    strict = config.mode is Mode.STRICT
+    entries: list[PodEntry] = []
+    steered: list[SteeredPod] = []
+    placements: dict[Key, Placement] = {}
+    for key in sorted(addresses):
+        placement = locate(key, addresses[key], state, config.veth_prefix)
+        if placement is None:
+            continue
+        placements[key] = placement
+        pod = rules.get(key)
+        ingress, egress = (pod.ingress, pod.egress) if pod else (None, None)
+        spoof_check = config.spoof_check and key not in routers
+        entries.append(
+            PodEntry(
+                key=key,
+                addresses=addresses[key],
+                devices=(placement.ifindex,),
+                ingress=ingress,
+                egress=egress,
+                spoof_check=spoof_check,
+                branch=placement.kind is Kind.BRANCH,
+                bridge=state.index_of(placement.bridge) if placement.bridge else 0,
+                unknown=strict and pod is None,
+            )
+        )
+        steered.append(
+            SteeredPod(
+                key=key,
+                placement=placement,
+                addresses=addresses[key],
+                egress=egress is not None or (strict and pod is None),
+                ingress=ingress is not None or (strict and pod is None),
+                spoof_check=spoof_check,
+            )
+        )
+    return Plan(
+        table=compiler.table(generation, entries, node_ips | own_node_addresses(state)),
+        rules=rules,
+        placements=placements,
+        addresses=addresses,
+        steered=tuple(steered),
+        services=local_service_addresses(state),
+        waiting=tuple(key for key in rules if key not in placements),
+        policies=len({endpoint.policy for endpoint in snapshot.policy_endpoints}),
+        problems=tuple(link_problems(state, placements.values())),
+    )
+
+
+def touched(old: Plan | None, new: Plan) -> tuple[set[bytes], set[bytes]]:
+    """Addresses whose flows lose their bits at once, and those whose flows are judged again.
+
+    The first: a pod, its interface or its address came or went, or isolation began. A flow's bits
+    may then stand for somebody else's verdict (an address used again), or for none.
+    """
+    renewed: set[bytes] = set()
+    old_placements = old.placements if old else {}
+    old_addresses = old.addresses if old else {}
+    for key in old_placements.keys() | new.placements.keys():
+        before, now = old_addresses.get(key, ()), new.addresses.get(key, ())
+        if old_placements.get(key) != new.placements.get(key) or before != now:
+            renewed.update(before, now)
+    rejudged: set[bytes] = set()
+    old_rules = old.rules if old else {}
+    for key in changed_pods(old_rules, new.rules):
+        was, is_ = old_rules.get(key), new.rules.get(key)
+        both = {*(was.addresses if was else ()), *(is_.addresses if is_ else ())}
+        begins = is_ is not None and (
+            (is_.ingress is not None and (was is None or was.ingress is None))
+            or (is_.egress is not None and (was is None or was.egress is None))
+        )
+        (renewed if begins else rejudged).update(both)
+    return renewed, rejudged - renewed

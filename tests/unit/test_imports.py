@@ -1,0 +1,64 @@
+"""Data flows one way: sources → policy → node and engine → observe. Imports must follow."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dataplane"
+
+# package → packages of ours that it must not import
+FORBIDDEN = {
+    "sources": {"policy", "node", "observe", "lab", "cli", "agent", "plan", "answers"},
+    "policy": {"sources", "node", "observe", "lab", "cli", "agent", "plan", "answers"},
+    "node": {"sources", "observe", "lab", "cli", "agent", "plan", "answers"},
+    "observe": {"sources", "node", "lab", "cli", "agent", "plan", "answers"},
+    "lab": {"node", "observe", "agent", "plan", "answers"},
+    "plan": {"sources", "observe", "lab", "cli", "agent", "answers"},
+}
+# Modules that compute and must not touch the machine.
+PURE = ["policy", "plan.py", "model.py", "addresses.py", "reasons.py"]
+IO_MODULES = {
+    "subprocess",
+    "socket",
+    "asyncio",
+    "threading",
+    "pyroute2",
+    "watchfiles",
+    "aiohttp",
+    "os",
+    "pathlib",
+}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def files_of(name: str) -> list[Path]:
+    path = PACKAGE / name
+    return sorted(path.rglob("*.py")) if path.is_dir() else [PACKAGE / f"{name.removesuffix('.py')}.py"]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_imports_only_what_lies_before_it(package: str) -> None:
+    for path in files_of(package):
+        ours = {name.split(".")[1] for name in imports(path) if name.startswith("dataplane.")}
+        assert not ours & FORBIDDEN[package], f"{path} imports {ours & FORBIDDEN[package]}"
+
+
+@pytest.mark.parametrize("package", PURE)
+def test_computing_modules_do_no_input_or_output(package: str) -> None:
+    for path in files_of(package):
+        found = {name.split(".")[0] for name in imports(path)} & IO_MODULES
+        # An address's text form is socket's inet_ntop: computation under an I/O module's name.
+        assert found <= ({"socket"} if path.name == "addresses.py" else set()), f"{path} imports {found}"
