@@ -1,0 +1,95 @@
+"""What a file holds: its documents, sorted into objects, problems, and kinds that mean nothing here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from dataplane.model import Problem
+from dataplane.sources import objects
+from dataplane.sources.store import KubernetesObject
+from dataplane.sources.text import TextError, documents
+
+# kind → (apiVersion, reader)
+_READERS = {
+    "PolicyEndpoint": ("networking.k8s.aws/v1alpha1", objects.policy_endpoint),
+    "Pod": ("v1", objects.pod),
+}
+
+
+@dataclass(slots=True)
+class Contents:
+    objects: list[KubernetesObject] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)  # kind → how many
+
+
+def read_contents(data: bytes, source: str, *, only_json: bool = False) -> Contents:
+    """Everything in the bytes of one file; `source` names it in problems. Never raises."""
+    found = Contents()
+    parsed = list(documents(data, only_json=only_json))
+    for number, document in enumerate(parsed, 1):
+        where = f"document {number}" if len(parsed) > 1 else ""
+        if isinstance(document, TextError):
+            found.problems.append(Problem(source, "", where, f"{document}; this document is not used"))
+        else:
+            _document(document, source, where, found)
+    return found
+
+
+def summary(skipped: Mapping[str, int]) -> str:
+    """One line for the log about the kinds that were skipped; empty when there were none."""
+    if not skipped:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
+    line = f"skipped what has no meaning here: {kinds}"
+    if "NetworkPolicy" in skipped:
+        line += " (a NetworkPolicy is enforced by way of its PolicyEndpoints)"
+    return line
+
+
+def _document(document: object, source: str, where: str, found: Contents) -> None:
+    # Lists may hold lists; a stack, because how deep they go is the writer's choice.
+    waiting: list[tuple[object, str, str]] = [(document, where, "")]
+    while waiting:
+        raw, place, inherited = waiting.pop()
+        if not isinstance(raw, Mapping):
+            reason = f"must be an object with kind and metadata, not {objects.show(raw)}"
+            found.problems.append(Problem(source, "", place, reason))
+            continue
+        kind = raw.get("kind", inherited or None)
+        if not isinstance(kind, str) or not kind:
+            reason = "has no kind" if kind is None else f"kind must be text, not {objects.show(kind)}"
+            found.problems.append(Problem(source, "", place, reason))
+        elif kind.endswith("List") and "items" in raw:
+            items = raw["items"]
+            if items is not None and not isinstance(items, list):
+                reason = f"items must be a list, not {objects.show(items)}"
+                found.problems.append(Problem(source, "", place, reason))
+                continue
+            # The items of a typed list (PodList) may leave out their kind.
+            below = kind.removesuffix("List")
+            prefix = f"{place}, items" if place else "items"
+            entries = [(item, f"{prefix}[{index}]", below) for index, item in enumerate(items or ())]
+            waiting += reversed(entries)
+        elif kind in _READERS:
+            _object(kind, raw, source, place, found)
+        else:
+            found.skipped[kind if kind.isidentifier() else objects.show(kind)] += 1
+
+
+def _object(kind: str, raw: Mapping[object, object], source: str, place: str, found: Contents) -> None:
+    version, read = _READERS[kind]
+    given = raw.get("apiVersion", version)
+    if given != version:
+        reason = f"must be {version} for a {kind}, not {objects.show(given)}"
+        found.problems.append(Problem(source, objects.identity(kind, raw), "apiVersion", reason))
+        return
+    item, problems = read(raw, source)
+    if item is not None:
+        found.objects.append(item)
+    for problem in problems:
+        # Without a name, its place in the file is all that identifies it.
+        field_ = f"{place}, {problem.field}".strip(", ")
+        found.problems.append(problem if problem.object else replace(problem, field=field_))
