@@ -47,7 +47,7 @@ cdef struct verdict_t:
     int32_t egress_pod            # index into the table's pods, -1: no pod of this node
     int32_t ingress_pod
 
-# What a reader of live verdicts sees. 128 bytes, fixed; written by the queue thread, read by Python.
+# What a reader of live verdicts sees. Fixed size; written by the queue thread, read by Python.
 cdef struct event_t:
     uint64_t when_ns              # CLOCK_REALTIME
     packet_t packet
@@ -91,9 +91,17 @@ cdef void judge_flow(const table_t *table, const flow_t *flow, verdict_t *out) n
 
 cdef class Publisher:
     cdef table_t *current         # atomic
-    cdef object _tables           # every RuleTable a worker may still see, newest last
-    cdef object _workers
+    cdef list _tables             # every RuleTable a worker may still see, newest last
+    cdef list _workers            # weak references
+    cdef object _recent           # generation -> pods of the last tables, for events
+    cdef uint32_t _newest
+    cdef object __weakref__
+    cdef bint drop_unseen(self) except False
 
 cdef class Worker:
     cdef worker_t c
     cdef readonly Publisher publisher
+    cdef object __weakref__
+
+# A verdict as dataplane.verdict.Verdict; `pods`: those of the table it was given by, or None.
+cdef object verdict_to_python(const verdict_t *verdict, object pods)

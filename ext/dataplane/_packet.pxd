@@ -40,3 +40,8 @@ cdef struct packet_t:
 # kernel copied only the headers; at least `captured`). Returns R_NONE, R_MALFORMED or R_FRAGMENT.
 # On an error the addresses are set when they could be read, for the log; nothing else is promised.
 cdef reason_t decode(const uint8_t *data, size_t captured, size_t wire, packet_t *out) noexcept nogil
+
+# Between Python and C: packed addresses of 4 or 16 bytes (b"" for family 0), ValueError for others.
+cdef bytes packed_address(const addr_t *address, uint8_t family)
+cdef bint unpack_address(bytes packed, addr_t *address) except False
+cdef object flow_to_python(const flow_t *flow)

@@ -20,13 +20,25 @@ cdef struct cell_t:
 
 # One family of a RuleSet. Interval i is [starts[i], starts[i + 1] - 1]; the first start is the
 # lowest address of the family, the last interval ends at its highest.
+#
+# A rule that spans many intervals is not repeated in each: cells form a tree of radix 64 over the
+# intervals, and a rule stands in the highest blocks that it covers whole. What interval i allows is
+# the union of cells[level][i >> (6 * level)] over all levels; there is one level unless rules
+# overlap so much that copies would outgrow the rules.
+cdef enum:
+    MAX_LEVELS = 4
+    LEVEL_BITS = 6
+
+cdef struct family_t:
+    uint32_t n                    # intervals, at least 1
+    uint32_t levels               # 1 .. MAX_LEVELS
+    const uint32_t *starts4       # IPv4
+    const addr_t *starts6         # IPv6
+    const uint32_t *cells[4]      # per level and block: index into RuleSet's cells; 0 allows nothing
+
 cdef struct ruleset_t:
-    uint32_t n4
-    uint32_t n6
-    const uint32_t *starts4
-    const uint32_t *cells4    # index into cells, per interval
-    const addr_t *starts6
-    const uint32_t *cells6
+    family_t v4
+    family_t v6
     const cell_t *cells
     const port_range_t *ranges
     const uint32_t *rule_ids
@@ -40,6 +52,7 @@ cdef class RuleSet:
     cdef readonly object rules        # tuple of what it was compiled from; rule id = index
     cdef readonly object tag          # the caller's own: what the rules are to it
     cdef void *block
+    cdef object __weakref__
     cdef readonly Py_ssize_t nbytes
 
 cdef enum pod_flag_t:
@@ -55,6 +68,7 @@ cdef struct pod_t:
     uint32_t flags                    # pod_flag_t
     uint32_t first_address            # addresses[first_address : first_address + n_addresses]
     uint32_t n_addresses
+    uint32_t bridge                   # ifindex of the bridge its interface is a port of, 0: routed
 
 cdef struct address_t:
     addr_t address
@@ -66,10 +80,11 @@ cdef struct table_t:
     uint32_t n_pods
     uint32_t n_addresses
     uint32_t n_own
+    uint32_t n_bridged            # pods with a bridge
     uint32_t device_mask              # size of the device hash - 1, a power of two - 1
     const pod_t *pods
-    const address_t *addresses        # grouped by pod
-    const address_t *by_address       # the same, sorted by (family, address)
+    const address_t *addresses    # grouped by pod
+    const address_t *by_address   # the same, sorted by (family, address, pod)
     const address_t *own_node         # this node's own addresses, sorted; `pod` unused
     const uint32_t *device_keys       # open addressing: ifindex, 0 = empty
     const uint32_t *device_pods       # index into pods
@@ -84,5 +99,7 @@ cdef class RuleTable:
     cdef table_t c
     cdef readonly object pods         # tuple of the PodEntry objects it was made from, by pod index
     cdef readonly object own_addresses
+    cdef object _rulesets             # keeps alive what the pods point to
     cdef void *block
+    cdef object __weakref__
     cdef readonly Py_ssize_t nbytes
