@@ -7,7 +7,7 @@ ones that are still in memory: a change of one pod compiles that pod's rules onl
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 from weakref import WeakValueDictionary
 
@@ -30,8 +30,8 @@ class PodEntry:
     key: Key
     addresses: tuple[bytes, ...]
     devices: tuple[int, ...]
-    ingress: DirectionRules | None = None
-    egress: DirectionRules | None = None
+    ingress: DirectionRules | None = field(default=None, repr=False)
+    egress: DirectionRules | None = field(default=None, repr=False)
     spoof_check: bool = True
     branch: bool = False
     unknown: bool = False

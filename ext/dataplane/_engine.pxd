@@ -95,13 +95,13 @@ cdef class Publisher:
     cdef list _workers            # weak references
     cdef object _recent           # generation -> pods of the last tables, for events
     cdef uint32_t _newest
-    cdef object __weakref__
+    cdef object __weakref__       # weak references are allowed
     cdef bint drop_unseen(self) except False
 
 cdef class Worker:
     cdef worker_t c
     cdef readonly Publisher publisher
-    cdef object __weakref__
+    cdef object __weakref__       # weak references are allowed
 
 # A verdict as dataplane.verdict.Verdict; `pods`: those of the table it was given by, or None.
 cdef object verdict_to_python(const verdict_t *verdict, object pods)

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
 """The verdict engine. `_engine.pxd` is the readable face and holds the theory of operation.
 
 Order of checks, and what each answers:
@@ -12,6 +12,7 @@ Order of checks, and what each answers:
 
 1 to 5 are decided per packet, so what the cache holds depends on its key alone.
 """
+cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t, int64_t
 from libc.stddef cimport size_t
 from libc.stdlib cimport calloc, free, malloc
@@ -441,6 +442,7 @@ def _judge_flow(RuleTable table, bytes src not None, bytes dst not None, protoco
 globals()["judge_flow"] = _judge_flow
 
 
+@cython.final
 cdef class Publisher:
     """Holds the table in force. `publish` may be called from one thread at a time, with the GIL."""
 
@@ -512,6 +514,7 @@ cdef class Publisher:
         return len(self._tables)
 
 
+@cython.final
 cdef class Worker:
     """What one queue thread judges with: its flow cache, counters and event ring.
 

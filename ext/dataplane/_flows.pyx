@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
 """The flow cache. `_flows.pxd` is the readable face; this is how.
 
 A bucket is one header line and eight entries of one cache line each. The header holds 16 bits of
@@ -8,6 +8,7 @@ What the header says is a hint; the entry decides.
 The hash is SipHash-1-3 with a secret key. With a hash that can be computed by outsiders a pod
 could choose ports so that its flows, or its victim's, all meet in one bucket.
 """
+cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stddef cimport size_t
 from libc.stdlib cimport free
@@ -258,6 +259,7 @@ cdef void cache_put(cache_t *cache, const flow_key_t *key, uint32_t generation, 
     touch(bucket, way)
 
 
+@cython.final
 cdef class FlowCache:
     """The flow cache, for tests and measurements. Room for at least `entries` flows.
 

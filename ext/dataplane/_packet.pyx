@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
 """Decoding of IPv4 and IPv6 packets. `_packet.pxd` is the readable face; this is how.
 
 Every function takes the bytes it may read as (pointer, end) and compares before it reads. What is

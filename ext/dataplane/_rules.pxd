@@ -52,7 +52,7 @@ cdef class RuleSet:
     cdef readonly object rules        # tuple of what it was compiled from; rule id = index
     cdef readonly object tag          # the caller's own: what the rules are to it
     cdef void *block
-    cdef object __weakref__
+    cdef object __weakref__       # weak references are allowed
     cdef readonly Py_ssize_t nbytes
 
 cdef enum pod_flag_t:
@@ -101,5 +101,5 @@ cdef class RuleTable:
     cdef readonly object own_addresses
     cdef object _rulesets             # keeps alive what the pods point to
     cdef void *block
-    cdef object __weakref__
+    cdef object __weakref__       # weak references are allowed
     cdef readonly Py_ssize_t nbytes

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
 """Compiling rules to sorted intervals, and looking a peer up in them.
 
 Theory of operation. Rules with equal ports form a *class*. Addresses are swept in ascending order;
@@ -1002,6 +1002,7 @@ cdef addr_t start_of(RuleSet self, int family, uint32_t i) noexcept:
     return address
 
 
+@cython.final
 cdef class RuleSet:
     """What one direction of one pod allows, compiled. Immutable.
 
@@ -1170,6 +1171,7 @@ cdef bint write_address(address_t *entry, object packed, uint32_t pod) except Fa
     return True
 
 
+@cython.final
 cdef class RuleTable:
     """Everything the engine needs for this node's pods. Immutable.
 
