@@ -1,0 +1,379 @@
+"""The iptables rules that steer pods' packets into the queues, as text. Pure: no I/O, no history.
+
+Every packet path ends in one of four ways: not steered (accepted untouched), queued for a verdict,
+already judged (its connection carries the bits its steered ends need), or dropped with a reason.
+
+    raw PREROUTING     forged sources of known pods are dropped before anything looks at them: a flow
+                       that lives in the kernel is not bound to an interface, so another pod could ride it
+    mangle FORWARD     after DNAT, before `filter`. Steered ends that were not judged yet → PODGATE-QUEUE
+    mangle INPUT       the same for local service addresses, egress end only
+    mangle POSTROUTING, filter INPUT
+                       the verdict's mark is saved to the connection; our bits leave the packet
+
+Which ends are steered is told by bits of the interface's device group (routed pods) or by sets and
+physdev rules (pods on a bridge), never by a source address a pod could choose.
+
+Rules are written exactly as iptables-save prints them, so that reading back is comparing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dataplane.addresses import Prefix, format_address
+from dataplane.config import MarkLayout
+
+# Bits of a link's device group (netlink IFLA_GROUP); the others belong to whoever set them.
+GROUP_EGRESS = 0x10000000  # the pod behind the link is isolated for egress
+GROUP_INGRESS = 0x20000000  # … for ingress
+GROUP_CHECKED = 0x40000000  # what comes from the link must carry an address of its pod
+GROUP_MASK = GROUP_EGRESS | GROUP_INGRESS | GROUP_CHECKED
+GROUP_ISOLATED = GROUP_EGRESS | GROUP_INGRESS
+
+CHAIN_PREFIX = "PODGATE-"
+SET_PREFIX = "podgate-"
+COMMENT = "-m comment --comment podgate"
+# Rules whose packet counters are told to people, by the word in their comment.
+COUNTED = ("spoofed", "invalid", "no-table")
+FAMILIES = (4, 6)
+TABLES = ("raw", "filter", "mangle")  # in the order in which they are written: mangle starts steering
+BUCKET = 12  # rules of one sub-chain of bridge ports
+
+Rules = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the rules depend on besides the ports of a bridge.
+
+    `queues` are the first and last queue number. `not_pods`: links that strict mode must not take for
+    pods not yet known although their names begin like a pod's.
+    """
+
+    marks: MarkLayout = field(default_factory=MarkLayout)
+    queues: tuple[int, int] = (0, 0)
+    fail_open: bool = False
+    offload: bool = True
+    strict: bool = False
+    veth_prefix: str = "eni"
+    not_pods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Port:
+    """A bridge port with a pod behind it: its link's name and the pod's addresses."""
+
+    name: str
+    addresses: tuple[bytes, ...]
+    egress: bool
+    ingress: bool
+    checked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TableRules:
+    """Chains of ours in one table, by name, and the built-in chains that jump to one of them first."""
+
+    chains: dict[str, Rules] = field(default_factory=dict)
+    jumps: dict[str, str] = field(default_factory=dict)
+
+
+def jump(chain: str) -> str:
+    """The rule by which a built-in chain enters ours."""
+    return f"{COMMENT} -j {chain}"
+
+
+def set_name(kind: str, family: int) -> str:
+    """`spoof`: (pod address, link); `service`: local service addresses; `egress`, `ingress`, `bound`:
+    addresses of pods on bridges that are isolated, or whose source is checked."""
+    return f"{SET_PREFIX}{kind}-{family}"
+
+
+def render(options: Options, ports: Sequence[Port], family: int) -> dict[str, TableRules]:
+    """Every rule of one family (4 or 6), by table. Equal input gives equal output."""
+    ports = sorted(ports)
+    return {
+        "raw": _raw(ports, family),
+        "filter": TableRules({"PODGATE-INPUT-SAVE": _save(options)}, {"INPUT": "PODGATE-INPUT-SAVE"}),
+        "mangle": _mangle(options, ports, family),
+    }
+
+
+def _hex(value: int, mask: int | None = None) -> str:
+    return f"{value:#x}" if mask is None else f"{value:#x}/{mask:#x}"
+
+
+def _counted(reason: str) -> str:
+    return f'-m comment --comment "podgate: {reason}" -j DROP'
+
+
+def _raw(ports: Sequence[Port], family: int) -> TableRules:
+    # Link-local and unspecified sources belong to neighbour discovery and duplicate address
+    # detection; no router forwards them (RFC 4291 §2.5.2, §2.5.6).
+    exempt = ("-s fe80::/10 -j RETURN", "-s ::/128 -j RETURN") if family == 6 else ()
+    enter = [f"{_groups('src', GROUP_CHECKED)} -j PODGATE-SOURCE"]
+    chains: dict[str, Rules] = {
+        "PODGATE-SOURCE": (
+            f"-m set --match-set {set_name('spoof', family)} src,src -j RETURN",
+            *exempt,
+            _counted("spoofed"),
+        )
+    }
+    checked = [port for port in ports if port.checked]
+    if checked:
+        enter.append("-m physdev --physdev-is-in -j PODGATE-PORT")
+        chains |= _port_sources(checked, family, exempt)
+    chains["PODGATE-PREROUTING"] = tuple(enter)
+    return TableRules(chains, {"PREROUTING": "PODGATE-PREROUTING"})
+
+
+def _port_sources(ports: Sequence[Port], family: int, exempt: Rules) -> dict[str, Rules]:
+    """Which source each bridge port may use: found by address, through sub-chains of a few rules.
+
+    No set can do this: hash:net,iface has `physdev:` entries, but the set match of iptables has no
+    way to ask for them (IPSET_FLAG_PHYSDEV; net/netfilter/xt_set.c never sets it).
+    """
+    own = [(address, port.name) for port in ports for address in port.addresses if _is(address, family)]
+    leaves = list(_leaves(sorted(own), 0))
+    enter = list(exempt)
+    chains: dict[str, Rules] = {}
+    for number, (prefix, members) in enumerate(leaves):
+        # Goto: RETURN in the sub-chain then leaves PODGATE-PORT as well.
+        enter.append(f"-s {prefix} -g PODGATE-PORT-{number}" if prefix else f"-g PODGATE-PORT-{number}")
+        chains[f"PODGATE-PORT-{number}"] = (
+            *(
+                f"-s {format_address(address)}/{len(address) * 8} -m physdev --physdev-in {name} -j RETURN"
+                for address, name in members
+            ),
+            "-g PODGATE-PORT-OTHER",
+        )
+    return chains | {
+        "PODGATE-PORT": (*enter, "-g PODGATE-PORT-OTHER"),
+        "PODGATE-PORT-OTHER": tuple(
+            f"-m physdev --physdev-in {port.name} -j PODGATE-FORGED" for port in ports
+        ),
+        "PODGATE-FORGED": (_counted("spoofed"),),
+    }
+
+
+def _leaves(
+    members: Sequence[tuple[bytes, str]], depth: int
+) -> Iterator[tuple[Prefix | None, Sequence[tuple[bytes, str]]]]:
+    """Split sorted addresses into disjoint prefixes of at most BUCKET members each."""
+    if not members:
+        return
+    first = members[0][0]
+    bits = len(first) * 8
+    if len(members) <= BUCKET or depth == bits:
+        length = depth
+        network = int.from_bytes(first) >> (bits - length) << (bits - length)
+        yield (Prefix(network.to_bytes(len(first)), length) if length else None), members
+        return
+    position = bits - 1 - depth
+    middle = next(
+        (at for at, (address, _) in enumerate(members) if int.from_bytes(address) >> position & 1),
+        len(members),
+    )
+    yield from _leaves(members[:middle], depth + 1)
+    yield from _leaves(members[middle:], depth + 1)
+
+
+def _is(address: bytes, family: int) -> bool:
+    return len(address) == (4 if family == 4 else 16)
+
+
+def _save(options: Options) -> Rules:
+    """Keep the verdict's bits in the connection, then take ours off the packet."""
+    marks = options.marks
+    saving = (
+        [
+            # One bit at a time: saving with a mask of both would wipe the bit this verdict did not see.
+            f"-m mark --mark {_hex(bit, bit)} -j CONNMARK --set-xmark {_hex(bit, bit)}"
+            for bit in (marks.egress, marks.ingress)
+        ]
+        if options.offload
+        else []
+    )
+    return (
+        f"-m mark --mark {_hex(0, marks.mask)} -j RETURN",
+        *saving,
+        f"-j MARK --set-xmark {_hex(0, marks.mask)}",
+    )
+
+
+def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
+    marks = options.marks
+    # What comes with our bits set did not get them from a verdict.
+    clean = f"-m mark ! --mark {_hex(0, marks.mask)} -j MARK --set-xmark {_hex(0, marks.mask)}"
+    service = f"-m set ! --match-set {set_name('service', family)} dst -j RETURN"
+    forward = [clean]
+    entry = [clean, service]
+    chains: dict[str, Rules] = {"PODGATE-QUEUE": _queue(options), "PODGATE-POSTROUTING": _save(options)}
+    if options.strict:
+        inward = [f"-i {name}+ -j PODGATE-UNKNOWN-IN" for name in _pod_names(options)]
+        forward += [*inward, *(f"-o {name}+ -j PODGATE-UNKNOWN-OUT" for name in _pod_names(options))]
+        entry += inward
+        chains |= _unknown(options)
+    if ports:
+        forward.append("-j PODGATE-BRIDGE")
+        entry += _bridge_from(ports, family, GROUP_EGRESS)
+        chains |= _bridge(options, ports, family)
+    forward += _forward(options)
+    entry += _input(options)
+    chains |= {"PODGATE-FORWARD": tuple(forward), "PODGATE-INPUT": tuple(entry)}
+    return TableRules(
+        chains,
+        {"FORWARD": "PODGATE-FORWARD", "INPUT": "PODGATE-INPUT", "POSTROUTING": "PODGATE-POSTROUTING"},
+    )
+
+
+def _queue(options: Options) -> Rules:
+    first, last = options.queues
+    # --queue-balance hashes addresses and protocol: both directions of a flow meet on one queue.
+    number = f"--queue-num {first}" if first == last else f"--queue-balance {first}:{last}"
+    bypass = " --queue-bypass" if options.fail_open else ""
+    reply = options.marks.reply
+    return (
+        f"-m conntrack --ctdir REPLY -j MARK --set-xmark {_hex(reply, reply)}",
+        f"-j NFQUEUE {number}{bypass}",
+    )
+
+
+def _unjudged(options: Options, bit: int) -> str:
+    return f" -m connmark ! --mark {_hex(bit, bit)}" if options.offload else ""
+
+
+def _groups(side: str, bits: int) -> str:
+    return f"-m devgroup --{side}-group {_hex(bits, bits)}"
+
+
+def _ends(options: Options, bits: int, inward: bool) -> list[str]:
+    """What must be queued of the packets of an end that is isolated as `bits` say.
+
+    `inward`: the packet comes from that end. In its ORIGINAL direction a packet comes from the pod
+    whose egress counts and goes to the pod whose ingress counts; a REPLY the other way round.
+    """
+    egress, ingress = bits & GROUP_EGRESS, bits & GROUP_INGRESS
+    rules = []
+    if egress:
+        direction = "ORIGINAL" if inward else "REPLY"
+        rules.append(f"-m conntrack --ctdir {direction}{_unjudged(options, options.marks.egress)}")
+    if ingress:
+        direction = "REPLY" if inward else "ORIGINAL"
+        rules.append(f"-m conntrack --ctdir {direction}{_unjudged(options, options.marks.ingress)}")
+    if (egress and inward) or (ingress and not inward):
+        # Untracked packets have no direction: each is judged as if it opened a flow.
+        rules.append("-m conntrack --ctstate UNTRACKED")
+    return rules
+
+
+def _forward(options: Options) -> list[str]:
+    isolated = _hex(0, GROUP_ISOLATED)
+    rules = [
+        f"-m devgroup --src-group {isolated} --dst-group {isolated} -j RETURN",
+        # One of the two ends is isolated. What conntrack calls invalid belongs to no flow that could
+        # have been judged; most of it could not even be parsed.
+        f"-m conntrack --ctstate INVALID {_counted('invalid')}",
+    ]
+    for side, bits in (
+        ("src", GROUP_EGRESS),
+        ("dst", GROUP_INGRESS),
+        ("src", GROUP_INGRESS),
+        ("dst", GROUP_EGRESS),
+    ):
+        rules += [
+            f"{_groups(side, bits)} {end} -j PODGATE-QUEUE" for end in _ends(options, bits, side == "src")
+        ]
+    return rules
+
+
+def _input(options: Options) -> list[str]:
+    """Local service addresses: only the pod that asks is judged. Its replies to the node are not."""
+    source = _groups("src", GROUP_EGRESS)
+    return [
+        f"{source} -m conntrack --ctstate INVALID {_counted('invalid')}",
+        *(f"{source} {end} -j PODGATE-QUEUE" for end in _ends(options, GROUP_EGRESS, True)),
+    ]
+
+
+def _pod_names(options: Options) -> tuple[str, str]:
+    return options.veth_prefix, "vlan"
+
+
+def _unknown(options: Options) -> dict[str, Rules]:
+    """Strict mode: a pod's interface without any of our bits is one no rules were made for yet."""
+    chains = {}
+    for way, flag, side in (("IN", "-i", "src"), ("OUT", "-o", "dst")):
+        chains[f"PODGATE-UNKNOWN-{way}"] = (
+            f"-m devgroup ! --{side}-group {_hex(0, GROUP_MASK)} -j RETURN",
+            f"{flag} vlan.eth+ -j RETURN",  # the uplinks of branch interfaces
+            *(f"{flag} {name} -j RETURN" for name in sorted(options.not_pods)),
+            _counted("no-table"),
+        )
+    return chains
+
+
+# The chains that say what is queued of a packet from, or to, a bridged pod that is isolated so.
+_BRIDGE_ENDS = {
+    "PODGATE-FROM-EGRESS": (GROUP_EGRESS, True),
+    "PODGATE-FROM-INGRESS": (GROUP_INGRESS, True),
+    "PODGATE-TO-EGRESS": (GROUP_EGRESS, False),
+    "PODGATE-TO-INGRESS": (GROUP_INGRESS, False),
+}
+_WORD = {GROUP_EGRESS: "egress", GROUP_INGRESS: "ingress"}
+
+
+def _bridge(options: Options, ports: Sequence[Port], family: int) -> dict[str, Rules]:
+    """Pods on a bridge, whose port the IP hooks do not see as the interface.
+
+    ORIGINAL or REPLY, a packet leaves the pod behind the port it came from: found by its source
+    address, which raw PREROUTING has bound to that port, or by the port itself where the source is
+    nobody's (link-local, or the check is off for this pod). The pod it goes to is found by its
+    destination address, since a packet that was routed to the bridge has no port yet; only a bridged
+    packet to nobody's address (broadcast, multicast, link-local) is looked up by its port.
+    """
+    chains: dict[str, Rules] = {
+        name: (
+            f"-m conntrack --ctstate INVALID {_counted('invalid')}",
+            *(f"{end} -j PODGATE-QUEUE" for end in _ends(options, bits, inward)),
+        )
+        for name, (bits, inward) in _BRIDGE_ENDS.items()
+    }
+    rules = [*_bridge_from(ports, family, GROUP_EGRESS), *_bridge_from(ports, family, GROUP_INGRESS)]
+    for bits in (GROUP_EGRESS, GROUP_INGRESS):
+        word = _WORD[bits]
+        rules.append(f"-m set --match-set {set_name(word, family)} dst -j PODGATE-TO-{word.upper()}")
+        isolated = [port for port in ports if _isolated(port, bits)]
+        rules.append(
+            f"-m set ! --match-set {set_name('bound', family)} dst"
+            f" -m physdev --physdev-is-bridged -j PODGATE-TO-PORT-{word.upper()}"
+        )
+        for way, flag in (("FROM", "--physdev-in"), ("TO", "--physdev-out")):
+            chains[f"PODGATE-{way}-PORT-{word.upper()}"] = tuple(
+                f"-m physdev{' --physdev-is-bridged' if way == 'TO' else ''} {flag} {port.name}"
+                f" -j PODGATE-{way}-{word.upper()}"
+                for port in isolated
+            )
+    chains["PODGATE-BRIDGE"] = tuple(rules)
+    return chains
+
+
+def _bridge_from(ports: Sequence[Port], family: int, bits: int) -> list[str]:
+    word = _WORD[bits]
+    chain = f"PODGATE-FROM-{word.upper()}"
+    return [
+        f"-m set --match-set {set_name(word, family)} src -j {chain}",
+        f"-m set ! --match-set {set_name('bound', family)} src"
+        f" -m physdev --physdev-is-in -j PODGATE-FROM-PORT-{word.upper()}",
+        # Without the check a pod could name a bound address as its source.
+        *(
+            f"-m physdev --physdev-in {port.name} -j {chain}"
+            for port in ports
+            if not port.checked and _isolated(port, bits)
+        ),
+    ]
+
+
+def _isolated(port: Port, bits: int) -> bool:
+    return port.egress if bits == GROUP_EGRESS else port.ingress
