@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from dataplane.model import Pod, PolicyEndpoint, Problem, Snapshot
@@ -48,11 +48,17 @@ class Store:
     """
 
     def __init__(
-        self, *, quiet: float = 0.02, limit: float = 0.2, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        quiet: float = 0.02,
+        limit: float = 0.2,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._quiet = quiet
         self._limit = limit
         self._clock = clock
+        self._sleep = sleep
         self._origins: dict[str, _Origin] = {}
         # The version last in force of each object of the latest snapshot: it is needed when an
         # object moves to another origin and breaks on the way.
@@ -142,7 +148,7 @@ class Store:
             wait = min(self._last + self._quiet, self._first + self._limit) - self._clock()
             if wait <= 0:
                 return
-            await asyncio.sleep(wait)
+            await self._sleep(wait)
 
     def _note_change(self) -> None:
         self._last = self._clock()
