@@ -11,7 +11,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dataplane.addresses import family_of, format_address, parse_prefix
-from dataplane.lab.topology import OUTSIDE_NETS, LabPod, Plan, Wire, gateways, overlaps_outside, veth_name
+from dataplane.lab.topology import (
+    OUTSIDE_ADDRESSES,
+    OUTSIDE_NETS,
+    LabPod,
+    Plan,
+    Wire,
+    gateways,
+    overlaps_outside,
+    veth_name,
+)
 
 UPSTREAM4 = "100.64.0.1"  # the router beyond the node's uplink; RFC 6598, no pod has it
 UPSTREAM6 = "fe80::1"
@@ -79,8 +88,13 @@ def base(lab: Plan) -> Iterator[Step]:
     for family in (4, 6):
         source = next((format_address(ip) for ip in lab.node_ips if family_of(ip) == family), None)
         yield Step(lab.node, lines=tuple(_default_route(family, "eth0", source)), family=family)
-        back = [f"route add default via {source} dev eth0 onlink"] if family == 4 else []
-        back += [f"route add default via {NODE6} dev eth0"] if family == 6 else []
+        # The outside's own address, unless the objects gave it to somebody in the lab.
+        taken = {*lab.node_ips, *(ip for one in lab.pods for ip in one.ips)}
+        own = [ip for ip in OUTSIDE_ADDRESSES if family_of(ip) == family and ip not in taken]
+        back = [f"addr add {_host(ip)} dev lo" + _nodad(ip) for ip in own]
+        src = f" src {format_address(own[0])}" if own else ""
+        via = f"via {source} dev eth0 onlink" if family == 4 else f"via {NODE6} dev eth0"
+        back.append(f"route add default {via}{src}")
         back += [f"route add local {net} dev lo" for net in OUTSIDE_NETS if net.family == family]
         back += _not_outside(lab.node_ips, family)
         yield Step(lab.outside, lines=tuple(back), family=family)
