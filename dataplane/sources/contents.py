@@ -82,14 +82,14 @@ def _document(document: object, source: str, where: str, found: Contents) -> Non
 def _object(kind: str, raw: Mapping[object, object], source: str, place: str, found: Contents) -> None:
     version, read = _READERS[kind]
     given = raw.get("apiVersion", version)
-    if given != version:
+    if given == version:
+        item, problems = read(raw, source)
+        if item is not None:
+            found.objects.append(item)
+    else:
         reason = f"must be {version} for a {kind}, not {objects.show(given)}"
-        found.problems.append(Problem(source, objects.identity(kind, raw), "apiVersion", reason))
-        return
-    item, problems = read(raw, source)
-    if item is not None:
-        found.objects.append(item)
+        problems = [Problem(source, objects.identity(kind, raw), "apiVersion", reason)]
     for problem in problems:
         # Without a name, its place in the file is all that identifies it.
-        field_ = f"{place}, {problem.field}".strip(", ")
+        field_ = ", ".join(part for part in (place, problem.field) if part)
         found.problems.append(problem if problem.object else replace(problem, field=field_))
