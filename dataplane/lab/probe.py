@@ -198,7 +198,7 @@ def connect(
     lab: Lab,
     source: str,
     destination: str,
-    port: str | Port,
+    port: str | Port = "80/TCP",
     family: int = 4,
     timeout: float = DEFAULT_TIMEOUT,
     from_address: str | None = None,

@@ -158,9 +158,7 @@ def place(lab: Plan, pod: Pod, taken: Collection[bytes] = ()) -> LabPod:
     used = {ip for other in lab.pods for ip in other.ips} | {*lab.node_ips, *gateways(topology)}
     for ip in pod.ips:
         if ip in used:
-            raise InputError(
-                f"Pod {pod.key}: address {format_address(ip)} belongs to something else in the lab"
-            )
+            raise InputError(f"Pod {pod.key}: address {format_address(ip)} is taken by something else")
     used.update(taken)
     ips = pod.ips or tuple(
         next_address(parse_prefix(text)[0], used) for text in (topology.v4, topology.v6) if text

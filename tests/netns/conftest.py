@@ -26,6 +26,9 @@ from dataplane.model import Pod
 
 TOOLS = ("ip", "iptables", "ip6tables", "conntrack", "ipset")
 PODGATE = (sys.executable, "-c", "from dataplane.cli import main; main()")
+ROOT = Path(__file__).resolve().parents[2]
+# Through `env`, which has lost root's rights when it looks for the program.
+UNPRIVILEGED = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "env")
 READY_SECONDS = 15.0
 _numbers = itertools.count()
 
@@ -91,7 +94,13 @@ class RunningAgent:
             argv += ["--node-ip", format_address(ip)]
         with self.log.open("ab") as log:
             self.process = self.lab.popen(
-                "node", *argv, *self.options, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                "node",
+                *argv,
+                *self.options,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": import_path()},
             )
         if wait:
             self.wait_ready()
@@ -148,7 +157,9 @@ class RunningAgent:
 
     def podgate(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run another podgate command against this agent, in the node."""
-        return self.lab.run("node", *PODGATE, *argv, "--control", str(self.control), check=check)
+        path = f"PYTHONPATH={import_path()}"
+        line = (*PODGATE, *argv, "--control", str(self.control))
+        return self.lab.run("node", "env", path, *line, check=check)
 
     # -- policies
 
@@ -238,12 +249,11 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentFactory]:
 @pytest.fixture(scope="session")
 def rootless_python() -> str:
     """A Python that an unprivileged user can run and that finds this package; skips without one."""
-    root = Path(__file__).resolve().parents[2]
     code = "import dataplane.cli, click, rich, google_crc32c, yaml"
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3"):
         done = subprocess.run(
-            ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", python, "-c", code],
-            env=rootless_environment(root),
+            [*UNPRIVILEGED, python, "-c", code],
+            env=rootless_environment(),
             cwd="/",
             capture_output=True,
             check=False,
@@ -251,16 +261,21 @@ def rootless_python() -> str:
         if done.returncode == 0:
             return python
     pytest.skip(
-        f"user 65534 can run no Python that sees {root}: make the checkout and Python readable to all"
+        f"user 65534 can run no Python that sees {ROOT}: make the checkout and Python readable to all"
     )
 
 
-def rootless_environment(root: Path) -> dict[str, str]:
+def import_path() -> str:
+    """PYTHONPATH with which the package is found from any directory, installed or not."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def rootless_environment() -> dict[str, str]:
     """An environment in which user 65534 finds the package and its dependencies."""
     packages = [path for path in sys.path if path.endswith("site-packages")]
     return {
         "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
-        "PYTHONPATH": os.pathsep.join([str(root), *packages]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *packages]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "LC_ALL": "C.UTF-8",
     }
