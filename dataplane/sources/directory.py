@@ -53,7 +53,7 @@ _Signature = tuple[int, int, int, int, int]
 def read_paths(paths: Sequence[Path]) -> Snapshot:
     """Everything in files and directories, read once. InputError when a path cannot be read."""
     store = Store()
-    DirectorySource(paths, store).load()
+    DirectorySource(paths, store, watch=False).load()
     return store.snapshot()
 
 
@@ -109,7 +109,9 @@ class _Change:
 class DirectorySource:
     """Keeps `store` in step with files and directories. One origin per file."""
 
-    def __init__(self, paths: Sequence[Path], store: Store, *, hold: float = HOLD) -> None:
+    def __init__(
+        self, paths: Sequence[Path], store: Store, *, hold: float = HOLD, watch: bool = True
+    ) -> None:
         self._roots = [os.path.abspath(path) for path in paths]
         self._shown = {os.path.abspath(path): str(path) for path in paths}
         self._store = store
@@ -119,7 +121,8 @@ class DirectorySource:
         self._writing: dict[str, float] = {}  # real path → until when it is left alone (monotonic)
         self._watches: dict[int, _Watch] = {}
         self._blind = ""  # why changes cannot be watched
-        self._wake: asyncio.Event | None = None
+        self._wake = asyncio.Event()
+        self._watcher = self._open() if watch else None
         self._skipped: Counter[str] = Counter()
 
     @property
@@ -128,40 +131,43 @@ class DirectorySource:
         return self._skipped
 
     def load(self) -> None:
-        """Read everything once. InputError when a named path cannot be read."""
+        """Read everything once. InputError when a named path cannot be read.
+
+        What changes from here on is not missed, though it is noticed only by `run`.
+        """
         listing = self._list()
         for root in self._roots:
             if root in listing.broken:
                 raise InputError(f"{self._shown[root]}: cannot be read: {listing.broken[root]}")
+        if self._watch(listing):
+            listing = self._list()  # something may have changed before the watches stood
         self._apply(list(self._changes(listing, frozenset())))
 
     async def run(self) -> None:
-        """Follow changes until cancelled. Call `load` first, or it counts as the first change."""
+        """Follow changes until cancelled."""
         loop = asyncio.get_running_loop()
-        self._wake = wake = asyncio.Event()
-        watcher = self._open()
+        watcher = self._watcher
         try:
             if watcher is not None:
-                loop.add_reader(watcher.fileno(), self._on_events, watcher)
+                loop.add_reader(watcher.fileno(), self._on_events)
             while True:
+                self._on_events()
                 now = time.monotonic()
                 self._writing = {path: until for path, until in self._writing.items() if until > now}
                 changes, listing = await asyncio.to_thread(self._look, frozenset(self._writing))
-                if watcher is not None:
-                    self._on_events(watcher)
+                self._on_events()
                 self._apply(changes)
-                if watcher is not None and self._watch(watcher, listing):
-                    continue  # something may have changed before the new watch stood
+                if self._watch(listing):
+                    continue  # something may have changed before the new watches stood
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(wake.wait(), self._patience())
+                    await asyncio.wait_for(self._wake.wait(), self._patience())
                 await asyncio.sleep(_SETTLE)
-                wake.clear()
+                self._wake.clear()
         finally:
             if watcher is not None:
                 loop.remove_reader(watcher.fileno())
                 watcher.close()
-            self._watches.clear()
-            self._wake = None
+                self._watcher = None
 
     # --- looking ----------------------------------------------------------------------------------
 
@@ -313,8 +319,11 @@ class DirectorySource:
             self._blind = f"files cannot be watched ({_reason(error)}); looking at them every second"
             return None
 
-    def _watch(self, watcher: inotify.Inotify, listing: _Listing) -> bool:
+    def _watch(self, listing: _Listing) -> bool:
         """Watch what the listing asks for. Whether anything is watched that was not before."""
+        watcher = self._watcher
+        if watcher is None:
+            return False
         wanted: dict[int, _Watch] = {}
         blind = ""
         for path, watch in sorted(listing.watches.items()):
@@ -332,9 +341,9 @@ class DirectorySource:
         self._blind = blind
         return new
 
-    def _on_events(self, watcher: inotify.Inotify) -> None:
+    def _on_events(self) -> None:
         now = time.monotonic()
-        for event in watcher.read():
+        for event in self._watcher.read() if self._watcher is not None else ():
             watch = self._watches.get(event.watch)
             if event.mask & inotify.IGNORED:
                 self._watches.pop(event.watch, None)
@@ -347,8 +356,7 @@ class DirectorySource:
                 self._writing[path] = now + self._hold
             elif not event.mask & inotify.ATTRIB:
                 self._writing.pop(path, None)
-            if self._wake is not None:
-                self._wake.set()
+            self._wake.set()
 
     def _patience(self) -> float | None:
         """Seconds after which to look even without an event."""
@@ -425,4 +433,5 @@ def _read_file(path: str) -> tuple[bytes, _Signature]:
 
 
 def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]

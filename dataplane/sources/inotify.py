@@ -51,7 +51,8 @@ class Inotify:
     """One inotify instance. OSError where the kernel refuses: EMFILE and ENOSPC mean its limits."""
 
     def __init__(self) -> None:
-        self._fd: int = _libc.inotify_init1(_NONBLOCK | _CLOEXEC)
+        self._fd = -1
+        self._fd = _libc.inotify_init1(_NONBLOCK | _CLOEXEC)
         if self._fd < 0:
             raise _error("inotify")
 
@@ -85,6 +86,9 @@ class Inotify:
             events.append(Event(watch, mask, os.fsdecode(name)))
             offset += length
         return events
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._fd >= 0:
