@@ -21,9 +21,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 from dataplane._engine import Publisher
+from dataplane._rules import RuleTable
 from dataplane.answers import Answers
 from dataplane.config import AgentConfig, OnStop
-from dataplane.errors import KernelError
+from dataplane.errors import InputError, KernelError
 from dataplane.model import Problem, Snapshot
 from dataplane.node import conntrack
 from dataplane.node.interfaces import Interfaces
@@ -68,7 +69,7 @@ class Agent:
         self.in_force: Plan | None = None  # the last plan whose every step succeeded
         self.refused: str | None = None  # why the newest plan is not in force
         self.faults: list[str] = []  # what the last look at our own rules and threads found
-        self._generation = 0
+        self.generation = 0  # of the newest table
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None
 
@@ -135,9 +136,15 @@ class Agent:
     async def _enforce(self) -> None:
         await asyncio.to_thread(self.steering.detect)
         self._take_snapshot()
-        self.publisher.publish(self._plan().table)
-        self.queues.start()
-        built = await asyncio.to_thread(self.steering.install)
+        for problem in self.steering.problems:
+            self.log.warning("note", what=problem)
+        plan = self._plan()
+        self._publish(plan)
+        try:
+            self.queues.start()
+        except KernelError as error:  # nothing of ours is in the kernel yet, and nothing will be
+            raise InputError(str(error)) from None
+        built = await asyncio.to_thread(self.steering.install, plan.not_pods)
         self.log.info(
             "rules in the kernel",
             iptables=str(self.steering.variant),
@@ -183,46 +190,44 @@ class Agent:
         )
 
     def _plan(self) -> Plan:
-        self._generation += 1
-        return make_plan(self.config, self.snapshot, self.interfaces.state, self.compiler, self._generation)
+        return make_plan(self.config, self.snapshot, self.interfaces.state)
+
+    def _publish(self, plan: Plan) -> RuleTable:
+        self.generation += 1
+        table = self.compiler.table(self.generation, plan.entries, plan.own_node)
+        self.publisher.publish(table)
+        return table
 
     async def _reconcile(self) -> None:
         started = time.monotonic()
         self._take_snapshot()
-        plan = self._plan()
+        plan, old = self._plan(), self.in_force
+        if plan == old and self.refused is None:
+            return
         try:
-            seen, cut = await self._put_in_force(plan)
+            table = self._publish(plan)
+            seen, cut = await asyncio.to_thread(self._apply_to_kernel, plan, table)
         except KernelError as error:
             if self.refused != str(error):
                 self.log.error("change not in force, will be tried again", error=str(error))
             self.refused = str(error)
             return
-        first = self.in_force is None
-        if first or self._differs(plan):
-            self.log.info(
-                "ready" if first else "rules in force",
-                generation=plan.table.generation,
-                pods=len(plan.rules),
-                policies=plan.policies,
-                flows_judged_again=seen,
-                flows_cut=cut,
-                ms=round((time.monotonic() - started) * 1000, 1),
-            )
-        for problem in plan.problems:
-            if self.in_force is None or problem not in self.in_force.problems:
-                self.log.error("not ready", problem=problem)
         self.in_force, self.refused = plan, None
+        self.log.info(
+            "ready" if old is None else "rules in force",
+            generation=table.generation,
+            pods=len(plan.rules),
+            policies=plan.policies,
+            flows_judged_again=seen,
+            flows_cut=cut,
+            ms=round((time.monotonic() - started) * 1000, 1),
+        )
+        for problem in plan.problems:
+            if old is None or problem not in old.problems:
+                self.log.error("not ready", problem=problem)
 
-    def _differs(self, plan: Plan) -> bool:
-        old = self.in_force
-        return old is None or (old.rules, old.placements) != (plan.rules, plan.placements)
-
-    async def _put_in_force(self, plan: Plan) -> tuple[int, int]:
-        """Publish, steer, judge live flows again; flows looked at and flows cut."""
-        self.publisher.publish(plan.table)
-        return await asyncio.to_thread(self._apply_to_kernel, plan)
-
-    def _apply_to_kernel(self, plan: Plan) -> tuple[int, int]:
+    def _apply_to_kernel(self, plan: Plan, table: RuleTable) -> tuple[int, int]:
+        """Steer, and judge live flows again; how many were looked at, and how many cut."""
         marks = self.config.marks
         # Until then a verdict of the old table may still be on its way into conntrack.
         deadline = time.monotonic() + QUIESCE_LIMIT_SECONDS
@@ -230,17 +235,17 @@ class Agent:
             if time.monotonic() > deadline:
                 raise KernelError("a queue thread does not take up new rules; restart the agent")
             time.sleep(QUIESCE_SECONDS)
-        self.steering.apply(plan.steered, plan.services)
+        self.steering.apply(plan.steered, plan.services, plan.not_pods)
         if self.in_force is None:
             # An earlier agent's flows: policies may have changed while nobody ran.
-            swept = conntrack.rejudge(plan.table, marks, None)
+            swept = conntrack.rejudge(table, marks, None)
             return swept.seen, swept.cleared
         renewed, rejudged = touched(self.in_force, plan)
         seen = cut = 0
         if renewed:
             conntrack.clear(marks, renewed)
         if rejudged:
-            swept = conntrack.rejudge(plan.table, marks, rejudged)
+            swept = conntrack.rejudge(table, marks, rejudged)
             seen, cut = swept.seen, swept.cleared
         return seen, cut
 
@@ -248,11 +253,9 @@ class Agent:
         """Put back what others changed of our rules, and notice queue threads that have ended."""
         faults = self.queues.healthy()
         try:
-            changed = await asyncio.to_thread(self.steering.verify)
+            changed = await asyncio.to_thread(self.steering.verify, repair=True)
             if changed:
-                self.log.error("others changed our rules, putting them back", what="; ".join(changed))
-                await asyncio.to_thread(self.steering.install)
-                await self._put_in_force(self._plan())
+                self.log.error("others changed our rules; put back", what="; ".join(changed))
         except KernelError as error:
             faults.append(str(error))
         for fault in faults:

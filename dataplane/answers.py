@@ -15,7 +15,7 @@ from dataplane.errors import InputError, KernelError
 from dataplane.model import Key
 from dataplane.node import conntrack
 from dataplane.observe.control import Answer, Query, Stream
-from dataplane.observe.events import CAPTURE, describe_event, protocol_name
+from dataplane.observe.events import CAPTURE, deciding_policy, describe_event, protocol_name
 from dataplane.plan import node_addresses
 from dataplane.policy.explain import describe_rules, explain, find_peer, known_pods, parse_family, parse_port
 
@@ -82,7 +82,7 @@ class Answers:
         variant = agent.steering.variant
         return {
             "ready": agent.ready,
-            "generation": plan.table.generation if plan else 0,
+            "generation": agent.generation if plan else 0,
             "mode": str(agent.config.mode),
             "fail": str(agent.config.fail),
             "backend": str(agent.config.backend),
@@ -98,10 +98,11 @@ class Answers:
     async def rules(self, query: Query) -> dict[str, Any]:
         """The compiled rules of one pod of this node."""
         name = query.get("pod", "")
-        pods = self._table().pods
-        for entry in pods:
+        table = self._table()
+        pods = table.pods
+        for index, entry in enumerate(pods):
             if str(entry.key) == name:
-                return describe_rules(entry)
+                return describe_rules(table, index)
         known = ", ".join(str(entry.key) for entry in pods) or "none"
         raise InputError(f"{name}: no such pod with an interface on this node; known here: {known}")
 
@@ -122,25 +123,30 @@ class Answers:
         table, names = self._table(), self._names()
         rows = []
         for flow in await asyncio.to_thread(conntrack.flows, self.agent.config.marks):
-            if flow.src not in names and flow.dst not in names:
+            # The originator before, the responder after translation: what pods' interfaces see.
+            src, sport, dst, dport = flow.src, flow.sport, flow.reply_src, flow.reply_sport
+            if src not in names and dst not in names:
                 continue
-            verdict = judge_flow(table, flow.src, flow.dst, flow.protocol, flow.sport, flow.dport)
+            verdict = judge_flow(table, src, dst, flow.protocol, sport, dport)
             rows.append(
                 {
                     "verdict": "allow" if verdict.allow else "deny",
                     "reason": verdict.reason.text,
-                    "src": format_address(flow.src),
-                    "src_port": flow.sport,
-                    "dst": format_address(flow.dst),
-                    "dst_port": flow.dport,
+                    "policy": deciding_policy(verdict),
+                    "src": format_address(src),
+                    "src_port": sport,
+                    "dst": format_address(dst),
+                    "dst_port": dport,
                     "protocol": protocol_name(flow.protocol),
-                    "src_pod": self._name(names, flow.src),
-                    "dst_pod": self._name(names, flow.dst),
+                    "src_pod": self._name(names, src),
+                    "dst_pod": self._name(names, dst),
                     "state": flow.state,
                     "egress_judged": flow.egress,
                     "ingress_judged": flow.ingress,
                     "packets": flow.packets,
                     "bytes": flow.bytes,
+                    "reply_packets": flow.reply_packets,
+                    "reply_bytes": flow.reply_bytes,
                     "timeout": flow.timeout,
                 }
             )

@@ -8,39 +8,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dataplane._rules import RuleTable
+from dataplane.addresses import Prefix
 from dataplane.config import AgentConfig, Mode
 from dataplane.model import Key, Snapshot
 from dataplane.node.interfaces import (
     Kind,
     LinkState,
     Placement,
-    link_problems,
     local_service_addresses,
     locate,
+    lookalikes,
     own_node_addresses,
+    problems,
 )
 from dataplane.node.steering import SteeredPod
-from dataplane.policy.compile import Compiler, PodEntry
-from dataplane.policy.effective import PodRules, changed_pods, effective_rules, local_pods
+from dataplane.policy.compile import PodEntry
+from dataplane.policy.effective import DirectionRules, PodRules, changed_pods, effective_rules, local_pods
 
+NOTHING = DirectionRules(())  # isolated, and no rule allows anything
 ANNOTATION_SPOOF_CHECK = "podgate.dev/spoof-check"  # "off" on pods that route for others
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that one change puts in force.
+    """Everything that one change puts in force; equal plans need no change.
 
-    `rules`: the isolated pods of this node. `placements` and `addresses`: every known pod of this
-    node, isolated or not. `waiting`: isolated pods whose interface is not there (yet).
+    `entries` and `own_node` are what the table is compiled from. `rules`: the isolated pods of this
+    node. `placements` and `addresses`: every known pod of this node, isolated or not. `waiting`:
+    isolated pods whose interface is not there (yet). `services`: local service addresses.
+    `not_pods`: links that only look like a pod's.
     """
 
-    table: RuleTable
+    entries: tuple[PodEntry, ...]
+    own_node: frozenset[bytes]
     rules: dict[Key, PodRules]
     placements: dict[Key, Placement]
     addresses: dict[Key, tuple[bytes, ...]]
     steered: tuple[SteeredPod, ...]
-    services: frozenset[str]
+    services: frozenset[Prefix]
+    not_pods: frozenset[str]
     waiting: tuple[Key, ...]
     policies: int
     problems: tuple[str, ...]
@@ -51,15 +57,14 @@ def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:
     return frozenset(config.node_ips) or own_node_addresses(state)
 
 
-def make_plan(
-    config: AgentConfig, snapshot: Snapshot, state: LinkState, compiler: Compiler, generation: int
-) -> Plan:
+def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan:
     """What is to be in force for these objects on these links."""
     node_ips = node_addresses(config, state)
     rules = effective_rules(snapshot, node_ips)
     addresses = {**local_pods(snapshot, node_ips), **{key: pod.addresses for key, pod in rules.items()}}
     routers = {pod.key for pod in snapshot.pods if pod.annotations.get(ANNOTATION_SPOOF_CHECK) == "off"}
-    strict = config.mode is Mode.STRICT
+    # Strict mode: a pod is isolated both ways before, and besides, what policies say of it.
+    default = NOTHING if config.mode is Mode.STRICT else None
     entries: list[PodEntry] = []
     steered: list[SteeredPod] = []
     placements: dict[Key, Placement] = {}
@@ -69,7 +74,8 @@ def make_plan(
             continue
         placements[key] = placement
         pod = rules.get(key)
-        ingress, egress = (pod.ingress, pod.egress) if pod else (None, None)
+        ingress = (pod.ingress if pod else None) or default
+        egress = (pod.egress if pod else None) or default
         spoof_check = config.spoof_check and key not in routers
         entries.append(
             PodEntry(
@@ -80,8 +86,7 @@ def make_plan(
                 egress=egress,
                 spoof_check=spoof_check,
                 branch=placement.kind is Kind.BRANCH,
-                bridge=state.index_of(placement.bridge) if placement.bridge else 0,
-                unknown=strict and pod is None,
+                bridge=placement.bridge_ifindex,
             )
         )
         steered.append(
@@ -89,21 +94,23 @@ def make_plan(
                 key=key,
                 placement=placement,
                 addresses=addresses[key],
-                egress=egress is not None or (strict and pod is None),
-                ingress=ingress is not None or (strict and pod is None),
+                egress=egress is not None,
+                ingress=ingress is not None,
                 spoof_check=spoof_check,
             )
         )
     return Plan(
-        table=compiler.table(generation, entries, node_ips | own_node_addresses(state)),
+        entries=tuple(entries),
+        own_node=node_ips | own_node_addresses(state),
         rules=rules,
         placements=placements,
         addresses=addresses,
         steered=tuple(steered),
         services=local_service_addresses(state),
+        not_pods=lookalikes(state, config.veth_prefix),
         waiting=tuple(key for key in rules if key not in placements),
         policies=len({endpoint.policy for endpoint in snapshot.policy_endpoints}),
-        problems=tuple(link_problems(state, placements.values())),
+        problems=tuple(problems(state, placements.values())),
     )
 
 

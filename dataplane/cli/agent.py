@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -14,8 +15,10 @@ from dataplane.cli.client import control_option
 from dataplane.config import AgentConfig, Backend, Fail, IptablesVariant, MarkLayout, Mode, OnStop
 from dataplane.errors import InputError
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 
-class _Address(click.ParamType):
+
+class _Address(click.ParamType[bytes]):
     name = "IP"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
@@ -31,7 +34,7 @@ def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     return click.Choice([member.value for member in kind])
 
 
-def _option(name: str, **settings: Any) -> Any:
+def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     """An option that also comes from PODGATE_<NAME>."""
     variable = "PODGATE_" + name.lstrip("-").split("/")[0].upper().replace("-", "_")
     extra = settings.pop("also", [])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlencode
 
@@ -13,6 +15,8 @@ import click
 
 from dataplane.config import DEFAULT_CONTROL
 from dataplane.errors import AgentUnreachable, InputError
+
+TIMEOUT_SECONDS = 10.0
 
 control_option = click.option(
     "--control",
@@ -45,9 +49,9 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def ask(control: Path, what: str, timeout: float = 10.0, **query: str) -> Any:
+def ask(control: Path, what: str, query: Mapping[str, str] = MappingProxyType({})) -> Any:
     """The agent's answer to GET /`what`. AgentUnreachable when no agent answers."""
-    connection = _UnixConnection(control, timeout)
+    connection = _UnixConnection(control, TIMEOUT_SECONDS)
     try:
         connection.request("GET", f"/{what}?{urlencode(query)}")
         response = connection.getresponse()

@@ -109,7 +109,7 @@ def command(
         answer = _from_files(paths, source, destination, port, family)
     else:
         query = {"from": source, "to": destination, "port": port, "family": family or ""}
-        answer = ask(control, "explain", **query)
+        answer = ask(control, "explain", query)
     if output == "json":
         click.echo(json.dumps(answer))
     else:

@@ -39,7 +39,7 @@ def _print(answer: dict[str, Any]) -> None:
 @control_option
 def command(pod: str, output: str, control: Path) -> None:
     """Show the compiled rules of a pod: which peers it may talk to, and which policy says so."""
-    answer = ask(control, "rules", pod=pod)
+    answer = ask(control, "rules", {"pod": pod})
     if output == "json":
         click.echo(json.dumps(answer))
     else:

@@ -13,11 +13,12 @@ Logger = Any  # structlog's bound loggers are made at run time
 
 def configure(log_format: str = "text", level: str = "info") -> None:
     """Set the process's logging up; `log_format` is ``text`` or ``json``."""
-    colours = sys.stderr.isatty()
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=0, pad_level=False)
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), pad_event_to=0, pad_level=False, timestamp_key="ts", sort_keys=False
+        )
     )
     structlog.configure(
         processors=[

@@ -15,7 +15,7 @@ from dataplane._rules import RuleTable
 from dataplane.addresses import family_of, format_address, parse_address
 from dataplane.errors import InputError
 from dataplane.model import PROTOCOL_NAMES, PROTOCOLS, Direction, Key, Rule, Snapshot
-from dataplane.policy.compile import Compiler, PodEntry, compile_rules
+from dataplane.policy.compile import Compiler, PodEntry
 from dataplane.policy.effective import effective_rules, local_pods
 from dataplane.reasons import Reason
 from dataplane.verdict import End, Verdict
@@ -234,17 +234,23 @@ def _device(entries: Mapping[Key, PodEntry], pod: Key | None) -> int:
     return entry.devices[0] if entry is not None and entry.devices else 0
 
 
-def describe_rules(entry: PodEntry) -> dict[str, Any]:
-    """What `podgate rules` shows of a pod: its policies' rules and what they compile to, per direction."""
+def describe_rules(table: RuleTable, pod: int) -> dict[str, Any]:
+    """What `podgate rules` shows of a pod: its policies' rules and what they compile to, per direction.
+
+    `pod` is its index in `table.pods`.
+    """
+    entry = table.pods[pod]
     answer: dict[str, Any] = {
         "pod": str(entry.key),
         "addresses": [format_address(address) for address in entry.addresses],
     }
-    for direction, rules in (("ingress", entry.ingress), ("egress", entry.egress)):
-        if rules is None:
+    for direction, rules, compiled in (
+        ("ingress", entry.ingress, table.ingress(pod)),
+        ("egress", entry.egress, table.egress(pod)),
+    ):
+        if rules is None or compiled is None:
             answer[direction] = None
             continue
-        compiled = compile_rules(rules)
         answer[direction] = {
             "rules": [{"policy": str(policy), **describe_rule(rule)} for policy, rule in rules.rules],
             "intervals": [
