@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+ALLOWED = ["--allowlist", "tests/stubtest-allowlist.txt", "--ignore-unused-allowlist"]
 MODULES = [f"dataplane.{path.stem}" for path in sorted((ROOT / "dataplane").glob("_*.pyi"))]
 
 
@@ -18,8 +19,7 @@ MODULES = [f"dataplane.{path.stem}" for path in sorted((ROOT / "dataplane").glob
 @pytest.mark.parametrize("module", MODULES)
 def test_stub_matches_the_compiled_module(module: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mypy.stubtest", module]
-        + ["--allowlist", "tests/stubtest-allowlist.txt", "--ignore-unused-allowlist"],
+        [sys.executable, "-m", "mypy.stubtest", module, *ALLOWED],
         cwd=ROOT,
         capture_output=True,
         text=True,
