@@ -173,12 +173,16 @@ class Agent:
                 wait.cancel()
         return bool(done) or (self.refused is not None and time.monotonic() < until)
 
-    def _take_snapshot(self) -> None:
-        before = set(self.snapshot.problems)
-        self.snapshot = self.store.snapshot()
+    def _take_snapshot(self) -> bool:
+        """Take up the objects known now; whether they changed."""
+        old, self.snapshot = self.snapshot, self.store.snapshot()
+        if self.snapshot == old:
+            return False
+        before = set(old.problems)
         for problem in self.snapshot.problems:
             if problem not in before:
                 self._log_problem(problem)
+        return True
 
     def _log_problem(self, problem: Problem) -> None:
         self.log.warning(
@@ -200,9 +204,10 @@ class Agent:
 
     async def _reconcile(self) -> None:
         started = time.monotonic()
-        self._take_snapshot()
+        news = self._take_snapshot()
         plan, old = self._plan(), self.in_force
-        if plan == old and self.refused is None:
+        # New objects always make a new generation, so that whoever wrote them can wait for it.
+        if plan == old and not news and self.refused is None:
             return
         try:
             table = self._publish(plan)

@@ -153,7 +153,7 @@ class RunningAgent:
 
     def ask(self, what: str, **query: str) -> Any:
         """Any other question to the control socket."""
-        return ask(self.control, what, **query)
+        return ask(self.control, what, query)
 
     def podgate(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run another podgate command against this agent, in the node."""
