@@ -444,7 +444,11 @@ def _remove_rules(variants: Iterable[IptablesVariant]) -> list[str]:
 
 def remove_everything() -> list[str]:
     """Take all rules, device group bits and sets of ours out of this network namespace, whoever left them
-    there; says what that was, one line each. Whoever waits in a queue is not touched."""
+    there; says what that was, one line each.
+
+    Packets that wait in a queue stay there, unless no other rule needs conntrack: it then leaves the
+    namespace, and the kernel drops every queued packet when hooks are taken away.
+    """
     removed = _remove_rules(VARIANTS)
     with RouteSocket() as route:
         for link, bits in _wrong_groups(route, {}):
