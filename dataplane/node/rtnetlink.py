@@ -9,7 +9,6 @@ linux/if_link.h, linux/neighbour.h; all numbers are in host byte order.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import struct
@@ -22,8 +21,9 @@ NETLINK_ROUTE = 0
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x4, 0x300, 0x10
 NLM_F_CREATE, NLM_F_REPLACE = 0x400, 0x100
-SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
-SO_RCVBUFFORCE = 33
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NETLINK_NO_ENOBUFS = 270, 1, 5
+SO_RCVBUFFORCE, SO_MEMINFO = 33, 55
+_MEMINFO = struct.Struct("=9I")  # SK_MEMINFO_…, linux/sock_diag.h; the last one is the number of drops
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -243,7 +243,11 @@ class RouteSocket:
         self.socket.bind((0, 0))
         for group in groups:
             self.socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        # An overrun as a socket error would end the polling of libuv for good (uv__poll_io stops on
+        # POLLERR). The drop counter tells as well, and whoever drops has left something to read.
+        self.socket.setsockopt(SOL_NETLINK, NETLINK_NO_ENOBUFS, 1)
         self._sequence = 0
+        self._drops = 0
 
     def __enter__(self) -> Self:
         return self
@@ -269,13 +273,13 @@ class RouteSocket:
             try:
                 data = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    raise Overrun from None
-                raise
+                break
             for kind, _, _, payload in _messages(data):
                 yield kind, payload
+        drops = _MEMINFO.unpack(self.socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))[8]
+        if drops != self._drops:
+            self._drops = drops
+            raise Overrun
 
     def dump(self, kind: int, payload: bytes) -> list[tuple[int, bytes]]:
         """Every message that answers one dump request, taken again when it changed meanwhile."""
