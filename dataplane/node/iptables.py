@@ -247,17 +247,8 @@ def counts(present: Mapping[str, SavedTable], reason: str) -> int:
     )
 
 
-_MARK_OPTIONS = (
-    "--set-xmark",
-    "--set-mark",
-    "--or-mark",
-    "--and-mark",
-    "--xor-mark",
-    "--nfmask",
-    "--ctmask",
-    "--mask",
-    "--mark",
-)
+_MARK_VALUES = ("--set-xmark", "--set-mark", "--or-mark", "--and-mark", "--xor-mark", "--mark")
+_MARK_MASKS = ("--nfmask", "--ctmask", "--mask")
 
 
 def foreign_marks(present: Mapping[str, SavedTable], mask: int) -> list[str]:
@@ -275,20 +266,23 @@ def foreign_marks(present: Mapping[str, SavedTable], mask: int) -> list[str]:
 
 
 def _mark_bits(words: Sequence[str]) -> int:
+    """The mark bits a rule tests or writes."""
+    if {"--restore-mark", "--save-mark"} & set(words) and not set(_MARK_MASKS) & set(words):
+        return 0xFFFFFFFF
     bits = 0
     for option, value in itertools.pairwise(words):
-        if option in _MARK_OPTIONS:
-            number, slash, mask = value.partition("/")
-            try:
-                # Without a mask the whole mark is meant.
-                bits |= int(mask, 0) | (int(number, 0) if option != "--mark" else 0) if slash else 0xFFFFFFFF
-                if option in {"--nfmask", "--ctmask", "--mask"}:
-                    bits |= int(number, 0)
-            except ValueError:
-                continue
-    unmasked = not {"--nfmask", "--ctmask", "--mask"} & set(words)
-    if unmasked and ("--restore-mark" in words or "--save-mark" in words):
-        return 0xFFFFFFFF
+        if option not in _MARK_VALUES and option not in _MARK_MASKS:
+            continue
+        number, slash, mask = value.partition("/")
+        try:
+            if option in _MARK_MASKS:
+                bits |= int(number, 0)
+            elif not slash:  # without a mask the whole mark is meant
+                bits = 0xFFFFFFFF
+            else:
+                bits |= int(mask, 0) | (0 if option == "--mark" else int(number, 0))
+        except ValueError:
+            continue
     return bits
 
 
