@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+from guard_page import GuardPage
 
 from dataplane._packet import decode_packet
 from dataplane.reasons import Reason
-from dataplane.verdict import Packet
 
 logging.getLogger("scapy.runtime").setLevel(logging.ERROR)
 from scapy.layers.inet import ICMP, IP, TCP, UDP, ICMPerror, IPerror, TCPerror, UDPerror  # noqa: E402
@@ -535,41 +533,8 @@ def test_rows_are_distinct() -> None:
     assert len({row.what for row in ROWS}) == len(ROWS)
 
 
-class Guard:
-    """Memory that ends at a page nobody may touch: a read past the end kills the process."""
-
-    def __init__(self) -> None:
-        self.size = 4 * mmap.PAGESIZE
-        self.map = mmap.mmap(-1, self.size + mmap.PAGESIZE)
-        self._protect(0)
-
-    def _protect(self, how: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        anchor = ctypes.c_char.from_buffer(self.map)
-        address = ctypes.c_void_p(ctypes.addressof(anchor) + self.size)
-        del anchor
-        assert libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), how) == 0, ctypes.get_errno()
-
-    def decode(self, data: bytes, wire: int | None = None) -> Packet:
-        start = self.size - len(data)
-        self.map[start : self.size] = data
-        with memoryview(self.map) as whole, whole[start : self.size] as end:
-            return decode_packet(end, wire)
-
-    def close(self) -> None:
-        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
-        self.map.close()
-
-
-@pytest.fixture(scope="module")
-def guard() -> Iterator[Guard]:
-    guard = Guard()
-    yield guard
-    guard.close()
-
-
 @pytest.mark.parametrize("row", ROWS, ids=[row.what for row in ROWS])
-def test_cut_by_the_kernels_copy(row: Row, guard: Guard) -> None:
+def test_cut_by_the_kernels_copy(row: Row, guard: GuardPage) -> None:
     """Fewer bytes captured than were on the wire: the same answer, or malformed; never a guess."""
     wire = len(row.data) if row.wire is None else row.wire
     whole = guard.decode(row.data, wire)
@@ -586,7 +551,7 @@ def test_cut_by_the_kernels_copy(row: Row, guard: Guard) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.wire is None], ids=lambda row: row.what)
-def test_cut_on_the_wire(row: Row, guard: Guard) -> None:
+def test_cut_on_the_wire(row: Row, guard: GuardPage) -> None:
     """A packet that ends before its own length says so is malformed at every length."""
     claimed = decode_packet(row.data).length
     for length in range(min(len(row.data), claimed)):
