@@ -76,6 +76,9 @@ def up(paths: tuple[Path, ...], name: str) -> None:
     suffix = "" if name == "podgate" else f" --name {name}"
     click.echo(f"Next:  podgate lab probe{suffix}    who reaches whom, with real packets")
     click.echo(f"       podgate lab exec{suffix} {next(iter(lab.pods))} -- ip addr")
+    source = " ".join(f"--source {path}" for path in paths)
+    own = " ".join(f"--node-ip {format_address(ip)}" for ip in lab.node_ips)
+    click.echo(f"       podgate lab exec{suffix} node -- podgate agent {source} {own}")
     click.echo(f"       podgate lab down{suffix}")
 
 

@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +44,6 @@ READY_SECONDS = 20.0
 FOLLOW_SECONDS = 5.0
 CUT_SECONDS = 1.0
 SLICE = 0.1  # seconds per character of the streams' picture
-WATCHED = "policies"
 PODGATE = (sys.executable, "-c", "from dataplane.cli import main; main()")
 WHY = {"no-rule": "no-rule (no policy allows it)"}
 
@@ -136,8 +134,7 @@ def play(which: str) -> int:
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGHUP, _interrupted)
     try:
-        with tempfile.TemporaryDirectory(prefix="podgate-demo-") as scratch:
-            _Demo(name, examples, Path(scratch)).play()
+        _Demo(name, examples).play()
     finally:
         rootless.end_holder()
     return 0
@@ -196,12 +193,13 @@ class _Stream:
 
 
 class _Demo:
-    def __init__(self, name: str, examples: Path, scratch: Path) -> None:
+    def __init__(self, name: str, examples: Path) -> None:
         self.name = name
         self.examples = examples
-        self.policies = scratch / WATCHED
-        self.control = scratch / "control.sock"
-        self.log = scratch / "agent.log"
+        # In the lab's own directory: they go when it goes, after a SIGKILL too.
+        self.policies = world.HOME / name / "policies"
+        self.control = world.HOME / name / "control.sock"
+        self.log = world.HOME / name / "agent.log"
         self.console = Console(highlight=False)
         self.agent: subprocess.Popen[bytes] | None = None
         self.probed = 0
@@ -211,11 +209,11 @@ class _Demo:
         began = time.monotonic()
         self._head()
         pods = read_paths([self.examples / "pods.yaml"]).pods
-        self.policies.mkdir()
-        shutil.copy(self.examples / "pods.yaml", self.policies)
         with contextlib.ExitStack() as ending:
             lab = ending.enter_context(Lab.up(self.name, pods))
             self._pods(lab, pods)
+            self.policies.mkdir()
+            shutil.copy(self.examples / "pods.yaml", self.policies)
             ending.callback(self._stop_agent)
             self._start_agent(lab)
             ending.callback(_deaf)
@@ -585,16 +583,15 @@ class _Events:
 
     def last(self, source: str, destination: str, family: int) -> dict[str, Any] | None:
         """The newest verdict about packets from one pod to the other, replies left out."""
-        colon = family == 6
-        rows: list[dict[str, Any]] = self._rows
-        for row in reversed(rows):
-            if (
-                (row["src_pod"], row["dst_pod"]) == (NAMES[source], NAMES[destination])
-                and not row.get("reply")
-                and (":" in (row["src"] or "")) is colon
-            ):
-                return row
-        return None
+        pair = (NAMES[source], NAMES[destination])
+        found = [
+            row
+            for row in self._rows
+            if (row["src_pod"], row["dst_pod"]) == pair
+            and not row.get("reply")
+            and (":" in (row["src"] or "")) is (family == 6)
+        ]
+        return found[-1] if found else None
 
 
 def _packet(row: Mapping[str, Any]) -> str:
