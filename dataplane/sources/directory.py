@@ -27,9 +27,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from inotify_simple import Event, INotify, flags
+
 from dataplane.errors import InputError
 from dataplane.model import Problem, Snapshot
-from dataplane.sources import inotify
 from dataplane.sources.contents import Contents, read_contents
 from dataplane.sources.store import Store
 
@@ -42,6 +43,10 @@ HOLD = 1.0  # seconds that a file may stay open for writing without a change bef
 # systems keep time in steps of a kernel tick (up to 10 ms), some of 2 s are not used for this.
 _RACY_NS = 50_000_000
 _SETTLE = 0.005  # seconds between the first event and looking, so that one change is one look
+# What a directory lists, and what its files hold. IN_CLOSE_WRITE tells a finished file from one still
+# being written: a `cidr` cut short is a wider `cidr`.
+_NAMES = flags.MOVED_FROM | flags.MOVED_TO | flags.CREATE | flags.DELETE | flags.DELETE_SELF | flags.MOVE_SELF
+_FILES = _NAMES | flags.MODIFY | flags.ATTRIB | flags.CLOSE_WRITE
 _LOOK_AGAIN = 1.0  # seconds, where inotify is not to be had
 _STILL_KEPT = "what was read from it before stays in force"
 
@@ -86,12 +91,12 @@ class _Watch:
     directory: str
     names: set[str] = field(default_factory=set)
     every: bool = False
-    mask: int = inotify.NAMES
+    mask: int = _NAMES
 
-    def matters(self, event: inotify.Event) -> bool:
+    def matters(self, event: Event) -> bool:
         if not event.name or event.name in self.names:
             return True
-        if event.mask & inotify.NAMES or event.mask & inotify.ISDIR:
+        if event.mask & _NAMES or event.mask & flags.ISDIR:
             return self.every
         return self.every and event.name.endswith(SUFFIXES)
 
@@ -206,7 +211,7 @@ class DirectorySource:
                 if len(seen) > MAX_DIRECTORIES:
                     raise OSError(0, f"more than {MAX_DIRECTORIES} directories")
                 watch = listing.watch(os.path.realpath(directory))
-                watch.every, watch.mask = True, inotify.FILES
+                watch.every, watch.mask = True, _FILES
                 with os.scandir(directory) as entries:
                     for entry in sorted(entries, key=lambda entry: entry.name):
                         if entry.name.startswith("."):
@@ -312,9 +317,9 @@ class DirectorySource:
 
     # --- watching -----------------------------------------------------------------------------------
 
-    def _open(self) -> inotify.Inotify | None:
+    def _open(self) -> INotify | None:
         try:
-            return inotify.Inotify()
+            return INotify(nonblocking=True)
         except OSError as error:
             self._blind = f"files cannot be watched ({_reason(error)}); looking at them every second"
             return None
@@ -328,7 +333,7 @@ class DirectorySource:
         blind = ""
         for path, watch in sorted(listing.watches.items()):
             try:
-                wanted[watcher.watch(path, watch.mask)] = watch
+                wanted[watcher.add_watch(path, watch.mask | flags.ONLYDIR | flags.MASK_ADD)] = watch
             except OSError as error:
                 if error.errno not in (*_GONE, errno.EACCES):  # of those the listing tells
                     blind = f"{path} cannot be watched ({_reason(error)}"
@@ -336,25 +341,26 @@ class DirectorySource:
                     blind += "); looking at the files every second"
         new = bool(wanted.keys() - self._watches.keys()) or blind != self._blind
         for gone in self._watches.keys() - wanted.keys():
-            watcher.unwatch(gone)
+            with contextlib.suppress(OSError):  # gone already, with its directory
+                watcher.rm_watch(gone)
         self._watches = wanted
         self._blind = blind
         return new
 
     def _on_events(self) -> None:
         now = time.monotonic()
-        for event in self._watcher.read() if self._watcher is not None else ():
-            watch = self._watches.get(event.watch)
-            if event.mask & inotify.IGNORED:
-                self._watches.pop(event.watch, None)
+        for event in self._watcher.read(timeout=0) if self._watcher is not None else ():
+            watch = self._watches.get(event.wd)
+            if event.mask & flags.IGNORED:
+                self._watches.pop(event.wd, None)
             if watch is not None and not watch.matters(event):
                 continue
             path = os.path.join(watch.directory if watch is not None else "", event.name)
-            if event.mask & inotify.ISDIR or not event.name:
+            if event.mask & flags.ISDIR or not event.name:
                 pass
-            elif event.mask & inotify.MODIFY or (event.mask & inotify.CREATE and _just_made(path)):
+            elif event.mask & flags.MODIFY or (event.mask & flags.CREATE and _just_made(path)):
                 self._writing[path] = now + self._hold
-            elif not event.mask & inotify.ATTRIB:
+            elif not event.mask & flags.ATTRIB:
                 self._writing.pop(path, None)
             self._wake.set()
 
@@ -371,7 +377,7 @@ def _note_file(path: str, listing: _Listing) -> None:
     listing.files.setdefault(real, path)
     watch = listing.watch(os.path.dirname(real))
     watch.names.add(os.path.basename(real))
-    watch.mask = inotify.FILES
+    watch.mask = _FILES
 
 
 def _note_ancestors(path: str, listing: _Listing) -> None:

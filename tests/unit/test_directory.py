@@ -478,10 +478,10 @@ def test_a_change_between_load_and_run_is_seen(tmp_path: Path) -> None:
 
 
 def test_without_inotify_files_are_still_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused() -> None:
+    def refused(**_settings: bool) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(directory.inotify, "Inotify", refused)
+    monkeypatch.setattr(directory, "INotify", refused)
 
     async def scenario() -> None:
         file = tmp_path / "a.yaml"

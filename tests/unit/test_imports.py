@@ -26,7 +26,7 @@ IO_MODULES = {
     "asyncio",
     "threading",
     "pyroute2",
-    "watchfiles",
+    "inotify_simple",
     "aiohttp",
     "os",
     "pathlib",
