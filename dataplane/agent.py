@@ -14,6 +14,7 @@ becomes a problem in `status` and is tried again; until then the last good rules
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -34,11 +35,14 @@ from dataplane.observe.control import ControlServer
 from dataplane.observe.log import Logger, get_logger
 from dataplane.plan import Plan, make_plan, touched
 from dataplane.policy.compile import Compiler
+from dataplane.sources.contents import summary
 from dataplane.sources.directory import DirectorySource
 from dataplane.sources.store import Store
 
 RETRY_SECONDS = 2.0  # after a step that the kernel refused
-VERIFY_SECONDS = 10.0  # how often others' changes to our rules are looked for
+SOLICIT_SECONDS = 0.5  # a pod on a bridge is asked for this often until its port is known
+# How often others' changes to our rules are looked for.
+VERIFY_SECONDS = float(os.environ.get("PODGATE_VERIFY_SECONDS", "10"))
 QUIESCE_SECONDS = 0.0005  # a burst takes tens of microseconds …
 QUIESCE_LIMIT_SECONDS = 5.0  # … so a thread that takes this long is stuck
 RING_ENTRIES = 8192  # verdict events per queue thread
@@ -92,6 +96,11 @@ class Agent:
         try:
             await self.interfaces.start()
             self.source.load()
+            if skipped := summary(self.source.skipped):
+                self.log.info("skipped", what=skipped)
+            # What is loaded stays: the collector need not look through it at every later change.
+            gc.collect()
+            gc.freeze()
             await self._until_stopped(self.source.run(), self._enforce())
         finally:
             await asyncio.to_thread(self._leave_kernel)
@@ -153,6 +162,7 @@ class Agent:
         verify_at = time.monotonic() + VERIFY_SECONDS
         while True:
             await self._reconcile()
+            self._ask_for_unplaced()
             while not await self._change(until=verify_at):
                 await self._verify()
                 verify_at = time.monotonic() + VERIFY_SECONDS
@@ -166,12 +176,27 @@ class Agent:
         patience = until - time.monotonic()
         if self.refused is not None:
             patience = min(patience, RETRY_SECONDS)
+        elif self._unplaced():
+            patience = min(patience, SOLICIT_SECONDS)
         try:
             done, _ = await asyncio.wait(waits, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        return bool(done) or (self.refused is not None and time.monotonic() < until)
+        again = self.refused is not None or self._unplaced()
+        return bool(done) or (bool(again) and time.monotonic() < until)
+
+    def _unplaced(self) -> list[bytes]:
+        """Addresses of pods of this node whose interface is not known, where a bridge may hide it."""
+        plan, state = self.in_force, self.interfaces.state
+        if plan is None or not any(link.kind == "bridge" for link in state.links.values()):
+            return []
+        return [
+            ip for key, addresses in plan.addresses.items() if key not in plan.placements for ip in addresses
+        ]
+
+    def _ask_for_unplaced(self) -> None:
+        self.interfaces.solicit(self._unplaced())
 
     def _take_snapshot(self) -> bool:
         """Take up the objects known now; whether they changed."""
