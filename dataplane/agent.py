@@ -14,11 +14,12 @@ becomes a problem in `status` and is tried again; until then the last good rules
 from __future__ import annotations
 
 import asyncio
-import os
+import gc
 import signal
 import sys
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 from dataplane._engine import Publisher
@@ -41,8 +42,7 @@ from dataplane.sources.store import Store
 
 RETRY_SECONDS = 2.0  # after a step that the kernel refused
 SOLICIT_SECONDS = 0.5  # a pod on a bridge is asked for this often until its port is known
-# How often others' changes to our rules are looked for.
-VERIFY_SECONDS = float(os.environ.get("PODGATE_VERIFY_SECONDS", "10"))
+SOLICIT_AT_START_SECONDS = 1.0  # one that does not answer for so long is not there
 QUIESCE_SECONDS = 0.0005  # a burst takes tens of microseconds …
 QUIESCE_LIMIT_SECONDS = 5.0  # … so a thread that takes this long is stuck
 RING_ENTRIES = 8192  # verdict events per queue thread
@@ -145,6 +145,7 @@ class Agent:
     async def _enforce(self) -> None:
         await asyncio.to_thread(self.steering.detect)
         self._take_snapshot()
+        await self._find_bridged_pods()
         for problem in self.steering.problems:
             self.log.warning("note", what=problem)
         plan = self._plan()
@@ -159,13 +160,13 @@ class Agent:
             iptables=str(self.steering.variant),
             state="built" if built else "kept as found",
         )
-        verify_at = time.monotonic() + VERIFY_SECONDS
+        verify_at = time.monotonic() + self.config.verify_seconds
         while True:
             await self._reconcile()
-            self._ask_for_unplaced()
+            self.interfaces.solicit(self._unplaced(self.in_force))
             while not await self._change(until=verify_at):
                 await self._verify()
-                verify_at = time.monotonic() + VERIFY_SECONDS
+                verify_at = time.monotonic() + self.config.verify_seconds
 
     async def _change(self, until: float) -> bool:
         """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
@@ -176,27 +177,32 @@ class Agent:
         patience = until - time.monotonic()
         if self.refused is not None:
             patience = min(patience, RETRY_SECONDS)
-        elif self._unplaced():
+        elif self._unplaced(self.in_force):
             patience = min(patience, SOLICIT_SECONDS)
         try:
             done, _ = await asyncio.wait(waits, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        again = self.refused is not None or self._unplaced()
-        return bool(done) or (bool(again) and time.monotonic() < until)
+        again = self.refused is not None or bool(self._unplaced(self.in_force))
+        return bool(done) or (again and time.monotonic() < until)
 
-    def _unplaced(self) -> list[bytes]:
+    def _unplaced(self, plan: Plan | None) -> list[bytes]:
         """Addresses of pods of this node whose interface is not known, where a bridge may hide it."""
-        plan, state = self.in_force, self.interfaces.state
-        if plan is None or not any(link.kind == "bridge" for link in state.links.values()):
+        links = self.interfaces.state.links.values()
+        if plan is None or not any(link.kind == "bridge" for link in links):
             return []
         return [
             ip for key, addresses in plan.addresses.items() if key not in plan.placements for ip in addresses
         ]
 
-    def _ask_for_unplaced(self) -> None:
-        self.interfaces.solicit(self._unplaced())
+    async def _find_bridged_pods(self) -> None:
+        """Before the first rules: a pod that has been silent is in no table of its bridge."""
+        deadline = time.monotonic() + SOLICIT_AT_START_SECONDS
+        while (unplaced := self._unplaced(self._plan())) and time.monotonic() < deadline:
+            self.interfaces.solicit(unplaced)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.interfaces.wait_change(), SOLICIT_AT_START_SECONDS / 5)
 
     def _take_snapshot(self) -> bool:
         """Take up the objects known now; whether they changed."""
