@@ -95,3 +95,4 @@ class AgentConfig:
     veth_prefix: str = "eni"
     on_stop: OnStop = OnStop.AUTO
     control: Path = DEFAULT_CONTROL
+    verify_seconds: float = 10.0  # how often others' changes to our rules are looked for

@@ -15,6 +15,7 @@ from dataplane.node.interfaces import (
     Kind,
     LinkState,
     Placement,
+    branch_uplink,
     local_service_addresses,
     locate,
     lookalikes,
@@ -87,6 +88,7 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
                 spoof_check=spoof_check,
                 branch=placement.kind is Kind.BRANCH,
                 bridge=placement.bridge_ifindex,
+                uplink=branch_uplink(placement, addresses[key], state),
             )
         )
         steered.append(

@@ -107,6 +107,7 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     default=OnStop.AUTO.value,
     help="Keep our rules in the kernel or take them away; auto: keep on SIGTERM, clean on Ctrl-C.",
 )
+@_option("--verify-seconds", type=click.FloatRange(min=0.05), default=10.0, hidden=True)
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="PODGATE_LOG_FORMAT"
 )
@@ -137,6 +138,7 @@ def command(log_format: str, **options: Any) -> None:
         veth_prefix=options["veth_prefix"],
         on_stop=OnStop(options["on_stop"]),
         control=options["control"],
+        verify_seconds=options["verify_seconds"],
     )
     for source in config.sources:
         if not source.exists():

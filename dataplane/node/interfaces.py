@@ -200,6 +200,25 @@ def _placement(pod: Key, addresses: Collection[bytes], state: LinkState, ifindex
     return Placement(ifindex, link.name, Kind.BRANCH if branch else Kind.ROUTED)
 
 
+def branch_uplink(place: Placement, addresses: Collection[bytes], state: LinkState) -> int:
+    """The interface by which a branch pod's traffic leaves the node and comes back, 0 when unknown: where
+    the default route goes in the table that holds the pod's own route."""
+    if place.kind is not Kind.BRANCH:
+        return 0
+    tables = {
+        route.table
+        for address in addresses
+        for route in state.routes_by_address.get(address, ())
+        if route.ifindex == place.ifindex
+    }
+    found = {
+        route.ifindex
+        for route in state.default_routes
+        if route.table in tables & BRANCH_TABLES and not route.advertised
+    }
+    return found.pop() if len(found) == 1 else 0
+
+
 def _locate_on_bridge(addresses: Iterable[bytes], state: LinkState) -> Placement | None:
     for address in addresses:
         for index, mac in state.neighbours_by_address.get(address, ()):
@@ -354,10 +373,10 @@ class Interfaces:
                 bridge = self._links.get(local.ifindex)
                 if bridge is None or bridge.kind != "bridge" or len(local.address) != len(address):
                     continue
-                if (
-                    _network_of(local).__contains__(address)
-                    and (local.ifindex, address) not in self._neighbours
-                ):
+                mac = self._neighbours.get((local.ifindex, address))
+                # An address may be known from long ago while the bridge has forgotten its port.
+                known = mac is not None and (local.ifindex, mac) in self._forwarding
+                if address in _network_of(local) and not known:
                     try:
                         self._dumps.solicit(local.ifindex, address)
                     except OSError:

@@ -23,8 +23,9 @@ class PodEntry:
     `devices` are the interface indices of its host side (for a bridge, of its port). `ingress` and
     `egress` are None where no policy isolates it. `bridge` is the index of the bridge that its port
     belongs to, 0 for a routed pod: the engine then finds it by its address where a packet only names
-    the bridge. `branch`: on a branch interface (security groups for pods). `unknown`: strict mode,
-    no policy has been read for it yet, so nothing but own-node traffic passes.
+    the bridge. `branch`: on a branch interface (security groups for pods), whose way out of the node
+    is the interface with index `uplink` (0: not known). `unknown`: strict mode, no policy has been
+    read for it yet, so nothing but own-node traffic passes.
     """
 
     key: Key
@@ -36,6 +37,7 @@ class PodEntry:
     branch: bool = False
     unknown: bool = False
     bridge: int = 0
+    uplink: int = 0
 
 
 class Compiler:

@@ -243,6 +243,13 @@ cdef void judge_packet(const table_t *table, cache_t *cache, const packet_t *pac
             table_is_own_node(table, flow.family, &flow.src)):
         # The node opened the flow: its source came from no pod's interface.
         exempt(table, R_OWN_NODE, out)
+    elif not local and not path.reply and out.ingress_pod >= 0 and out.egress_pod < 0 and (
+            table.pods[out.ingress_pod].uplink) and (
+            table.pods[out.ingress_pod].uplink == key.indev) and (
+            table_is_own_node(table, flow.family, &flow.src)):
+        # What a node sends to its branch pod leaves and comes back by the pod's own uplink. From any
+        # other interface, one that is not known to be a pod's yet included, the source may be forged.
+        exempt(table, R_OWN_NODE, out)
     else:
         if error or cache == NULL:
             judge_ends(table, flow, out)

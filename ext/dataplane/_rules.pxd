@@ -69,6 +69,7 @@ cdef struct pod_t:
     uint32_t first_address            # addresses[first_address : first_address + n_addresses]
     uint32_t n_addresses
     uint32_t bridge                   # ifindex of the bridge its interface is a port of, 0: routed
+    uint32_t uplink                   # ifindex of its branch interface's way out of the node, 0: none
 
 cdef struct address_t:
     addr_t address

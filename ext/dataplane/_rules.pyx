@@ -1253,6 +1253,7 @@ cdef class RuleTable:
             if entry.unknown:
                 pod[i].flags |= POD_UNKNOWN
             pod[i].bridge = entry.bridge
+            pod[i].uplink = entry.uplink
             if entry.bridge:
                 self.c.n_bridged += 1
             for device in entry.devices:
