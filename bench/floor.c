@@ -19,7 +19,7 @@
 #include <linux/netfilter/nfnetlink_queue.h>
 #include <linux/netlink.h>
 
-enum { BURST = 64, MESSAGE_SIZE = 1024, COPY_RANGE = 256, SOCKET_BYTES = 2304 };
+enum { BURST = 64, MESSAGE_SIZE = 1024, COPY_RANGE = 256, SOCKET_BYTES = 2048 };
 
 #pragma pack(push, 1)
 struct verdict {

@@ -21,7 +21,7 @@ from dataplane.errors import KernelError
 
 # The engine needs headers only; as in the native loop, longer extension headers are denied.
 COPY_RANGE = 256
-SOCKET_BYTES = 2304  # skb->truesize of one queued message, at most (see _nfqueue)
+SOCKET_BYTES = 2048  # skb->truesize of one queued message, at most (see _nfqueue)
 BIT_EGRESS, BIT_INGRESS = 1, 2
 
 # linux/netfilter/nfnetlink_queue.h

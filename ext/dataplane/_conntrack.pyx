@@ -473,8 +473,10 @@ cdef int read_datagram(sweep_t *s, size_t received, int *interrupted) noexcept n
                 return error if error >= 0 else 0
             if kind == NLMSG_OVERRUN:
                 return ENOBUFS
-            if kind == (NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW) and size >= NLMSG_HEADER + NFGEN_HEADER:
-                read_entry(message + NLMSG_HEADER + NFGEN_HEADER, size - NLMSG_HEADER - NFGEN_HEADER, &entry)
+            if (kind == (NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW)
+                    and size >= NLMSG_HEADER + NFGEN_HEADER):
+                read_entry(message + NLMSG_HEADER + NFGEN_HEADER, size - NLMSG_HEADER - NFGEN_HEADER,
+                           &entry)
                 error = visit(s, &entry)
                 if error:
                     return error
@@ -511,10 +513,10 @@ cdef int sweep_dump(sweep_t *s, uint32_t mark, uint32_t mask, int *interrupted) 
 
 cdef int run_sweep(sweep_t *s, uint32_t egress, uint32_t ingress) noexcept nogil:
     """0, or an errno. A dump the kernel calls interrupted may have missed flows: again from the start."""
-    cdef int tries
+    cdef int _try
     cdef int status
     cdef int interrupted
-    for tries in range(DUMP_TRIES):
+    for _try in range(DUMP_TRIES):
         interrupted = 0
         s.seen = 0
         status = sweep_dump(s, ingress, egress | ingress, &interrupted)
@@ -565,7 +567,8 @@ cdef class _Session:
             if len(address) not in (4, 16):
                 raise ValueError(f"{address!r} is not a packed address")
             self.s.keys[i].family = 4 if len(address) == 4 else 6
-            read_address(<const uint8_t *> <const char *> address, len(address) == 16, &self.s.keys[i].address)
+            read_address(<const uint8_t *> <const char *> address, len(address) == 16,
+                         &self.s.keys[i].address)
         self.s.n_keys = len(ordered)
 
 
@@ -594,8 +597,8 @@ cdef failure(int code, what):
     if code == errno_module.EPERM:
         return KernelError(f"conntrack {what}: needs root (CAP_NET_ADMIN) in this network namespace")
     if code in (errno_module.EINVAL, errno_module.EOPNOTSUPP):
-        return KernelError(f"conntrack {what}: {os.strerror(code)}; the kernel needs CONFIG_NF_CT_NETLINK and "
-                           "CONFIG_NF_CONNTRACK_MARK")
+        return KernelError(f"conntrack {what}: {os.strerror(code)}; the kernel needs CONFIG_NF_CT_NETLINK "
+                           "and CONFIG_NF_CONNTRACK_MARK")
     return KernelError(f"conntrack {what}: {os.strerror(code)}")
 
 
@@ -634,13 +637,16 @@ cdef list describe(const uint8_t *data, size_t received, uint32_t seq, uint32_t 
             break
         if (get_u32(data + at + 8) == seq and size >= NLMSG_HEADER + NFGEN_HEADER
                 and get_u16(data + at + 4) == (NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW)):
-            read_entry(data + at + NLMSG_HEADER + NFGEN_HEADER, size - NLMSG_HEADER - NFGEN_HEADER, &entry)
+            read_entry(data + at + NLMSG_HEADER + NFGEN_HEADER, size - NLMSG_HEADER - NFGEN_HEADER,
+                       &entry)
             if (not wanted or entry.mark & wanted) and entry.orig.family and entry.reply.family:
                 found.append((
                     end(&entry.orig), end(&entry.reply), entry.orig.protocol,
-                    (entry.orig.icmp_type, entry.orig.icmp_code, entry.orig.icmp_id) if entry.orig.has_icmp else None,
+                    (entry.orig.icmp_type, entry.orig.icmp_code, entry.orig.icmp_id)
+                    if entry.orig.has_icmp else None,
                     entry.mark, entry.status, entry.timeout, ntohs(entry.zone),
-                    (<const char *> entry.protoinfo)[:entry.protoinfo_size] if entry.protoinfo != NULL else b"",
+                    (<const char *> entry.protoinfo)[:entry.protoinfo_size]
+                    if entry.protoinfo != NULL else b"",
                     (entry.packets[0], entry.bytes[0], entry.packets[1], entry.bytes[1])
                     if entry.has_counters else None,
                 ))

@@ -20,13 +20,13 @@ import os
 
 from libc.errno cimport errno, EINTR, EAGAIN, ENOBUFS, ENOENT
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, int32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from dataplane._engine cimport (
-    BIT_EGRESS, BIT_INGRESS, HOOK_FORWARD, Worker, path_t, verdict_t, worker_enter, worker_judge,
+    BIT_EGRESS, BIT_INGRESS, Worker, path_t, verdict_t, worker_enter, worker_judge,
     worker_leave, worker_t,
 )
 
@@ -150,9 +150,9 @@ cdef enum:
     MESSAGE_SIZE = 1024
     # IPv6 extension headers can pass 128 bytes; what is longer still cannot be parsed and is denied.
     COPY_RANGE = 256
-    # What one queued packet takes of the socket's buffer: skb->truesize of the message, measured
-    # at 1,280 bytes for small packets and up to 2,304 where the kernel shares a GSO packet's page.
-    SOCKET_BYTES = 2304
+    # What one queued packet takes of the socket's buffer (skb->truesize of the message, 832 to
+    # 1,280 bytes on 6.18), with room for longer attributes.
+    SOCKET_BYTES = 2048
     NLA_TYPE_BITS = 0x3FFF            # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
     NLMSG_HEADER = 16
     NFGEN_HEADER = 4
@@ -176,11 +176,11 @@ cdef struct answer_t:
     uint32_t mark
 
 cdef struct losses_t:
-    unsigned long long overruns   # ENOBUFS: the socket had no room (only where NO_ENOBUFS is refused)
-    unsigned long long unreadable # messages that were no packet we could read
-    unsigned long long gone       # verdicts for packets the kernel had flushed (ENOENT)
-    unsigned long long refused    # verdicts the kernel refused for another reason
-    unsigned long long send_errors
+    unsigned long long overruns      # ENOBUFS: no room (only where NO_ENOBUFS is refused)
+    unsigned long long unreadable    # messages that were no packet we could read
+    unsigned long long gone          # verdicts for packets the kernel had flushed (ENOENT)
+    unsigned long long refused       # verdicts the kernel refused for another reason
+    unsigned long long send_errors   # bursts that could not be answered at once
     unsigned long long bursts
     unsigned long long packets
 
@@ -305,7 +305,7 @@ cdef void answer(queue_t *q, size_t n) noexcept nogil:
     """Send the burst's answers; one by one where the kernel has no memory for all at once."""
     cdef size_t i
     cdef size_t count
-    cdef int tries
+    cdef int _try
     cdef int failed = 0
     if n == 0:
         return
@@ -317,7 +317,7 @@ cdef void answer(queue_t *q, size_t n) noexcept nogil:
     # Oldest first, each with a single verdict: one that fails must not be covered by a later batch.
     for i in range(n):
         put(q.number, &q.out[0], NFQNL_MSG_VERDICT, q.answers[i].verdict, q.answers[i].id, q.answers[i].mark)
-        for tries in range(8):
+        for _try in range(8):
             if transmit(q.fd, q.out, 1):
                 break
             sched_yield()
@@ -436,7 +436,7 @@ cdef int receive(queue_t *q, int flags) noexcept nogil:
 cdef int loop(queue_t *q) noexcept nogil:
     """Until stopped: 0, or the errno that ended it."""
     cdef int n
-    cdef int round
+    cdef int _round
     while not flag_read(&q.stopping):
         n = receive(q, MSG_WAITFORONE)
         if n > 0:
@@ -446,7 +446,7 @@ cdef int loop(queue_t *q) noexcept nogil:
         elif n < 0 and n != -EINTR and n != -EAGAIN:
             return -n
     # Closing the socket drops what is still queued, so judge what has already been delivered.
-    for round in range(DRAIN_ROUNDS):
+    for _round in range(DRAIN_ROUNDS):
         n = receive(q, MSG_DONTWAIT)
         if n <= 0:
             break
@@ -606,7 +606,8 @@ cdef class NativeQueue:
                 f"queue {self.number} is held by another process (netlink port {holder}, usually its "
                 "process id): stop it, or choose other queue numbers with --queue-base")
         if failure == errno_module.EPERM:
-            raise KernelError(f"queue {self.number} {what}: needs root (CAP_NET_ADMIN) in this network namespace")
+            raise KernelError(f"queue {self.number} {what}: needs root (CAP_NET_ADMIN) in this network "
+                              "namespace")
         if failure in (errno_module.EINVAL, errno_module.EOPNOTSUPP):
             raise KernelError(f"queue {self.number} {what}: {os.strerror(failure)}; the kernel needs "
                               "CONFIG_NETFILTER_NETLINK_QUEUE and version 3.10 or later")
