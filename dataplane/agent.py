@@ -73,7 +73,8 @@ class Agent:
         self.in_force: Plan | None = None  # the last plan whose every step succeeded
         self.refused: str | None = None  # why the newest plan is not in force
         self.faults: list[str] = []  # what the last look at our own rules and threads found
-        self.generation = 0  # of the newest table
+        self.generation = 0  # of the table in force, its rules in the kernel too
+        self._tables = 0  # how many were made
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None
 
@@ -228,8 +229,8 @@ class Agent:
         return make_plan(self.config, self.snapshot, self.interfaces.state)
 
     def _publish(self, plan: Plan) -> RuleTable:
-        self.generation += 1
-        table = self.compiler.table(self.generation, plan.entries, plan.own_node)
+        self._tables += 1
+        table = self.compiler.table(self._tables, plan.entries, plan.own_node)
         self.publisher.publish(table)
         return table
 
@@ -248,7 +249,7 @@ class Agent:
                 self.log.error("change not in force, will be tried again", error=str(error))
             self.refused = str(error)
             return
-        self.in_force, self.refused = plan, None
+        self.in_force, self.refused, self.generation = plan, None, table.generation
         self.log.info(
             "ready" if old is None else "rules in force",
             generation=table.generation,

@@ -82,7 +82,7 @@ class Answers:
         variant = agent.steering.variant
         return {
             "ready": agent.ready,
-            "generation": agent.generation if plan else 0,
+            "generation": agent.generation,
             "mode": str(agent.config.mode),
             "fail": str(agent.config.fail),
             "backend": str(agent.config.backend),
