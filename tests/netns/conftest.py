@@ -169,8 +169,8 @@ class RunningAgent:
 
     def write_text(self, text: str, file: str = "policies.yaml", *, wait: bool = True) -> None:
         path = self.directory / file
-        if path.exists() and path.read_text() == text:
-            return
+        if path.exists() and _means_the_same(path.read_text(), text):
+            wait = False  # nothing to come into force
 
         def act() -> None:
             new = self.directory / f".{file}.new"
@@ -206,6 +206,13 @@ class RunningAgent:
             else:
                 time.sleep(0.002)
         raise AssertionError(f"the change is not in force after 10 s: {self.status()}\n{self.text()}")
+
+
+def _means_the_same(old: str, new: str) -> bool:
+    try:
+        return list(yaml.safe_load_all(old)) == list(yaml.safe_load_all(new))
+    except yaml.YAMLError:
+        return old == new
 
 
 AgentFactory = Callable[..., RunningAgent]
