@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataplane.addresses import Prefix, format_address, parse_prefix
+from dataplane.errors import KernelError
 from dataplane.model import Key
 from dataplane.node import rtnetlink
 from dataplane.node.rtnetlink import AF_BRIDGE, AF_INET, AF_INET6, Overrun, RouteSocket
@@ -29,6 +30,11 @@ _NEVER_OWN = (*SERVICE_PREFIXES, parse_prefix("127.0.0.0/8")[0], parse_prefix("f
 # 253 to 255 are the kernel's default, main and local.
 BRANCH_TABLES = frozenset(range(101, 100 + 4095)) - {253, 254, 255}
 BRANCH_PREFIX = "vlan"  # host veths of pods with strict security groups; the uplinks are vlan.eth.<id>
+# A pod can invent MAC and IP addresses without end; what is kept of them has one, per port where
+# possible, so that a pod pushes out only its own.
+MACS_PER_PORT = 256
+NEIGHBOURS = 16384
+RETRY_S = 0.5
 _BRANCH_UPLINK = re.compile(r"vlan\.eth\.\d+")
 
 
@@ -335,6 +341,7 @@ class Interfaces:
         self._default_routes: frozenset[DefaultRoute] = frozenset()
         self._neighbours: dict[tuple[int, bytes], bytes] = {}
         self._forwarding: dict[tuple[int, bytes], int] = {}
+        self._behind: dict[int, dict[tuple[int, bytes], None]] = {}  # port → its keys of _forwarding
         self._following_neighbours = False
 
     async def start(self) -> None:
@@ -399,7 +406,22 @@ class Interfaces:
         except Overrun:
             links = addresses = routes = True
             self._following_neighbours = False  # dumps them again
-        self._refresh(links=links, addresses=addresses, routes=routes, neighbours=neighbours)
+        try:
+            self._refresh(links=links, addresses=addresses, routes=routes, neighbours=neighbours)
+        except (KernelError, OSError):
+            assert self._loop is not None
+            self._loop.call_later(RETRY_S, self._resync)
+
+    def _resync(self) -> None:
+        """Look at everything again after the kernel refused an answer."""
+        if self._dumps is None:
+            return
+        self._following_neighbours = False
+        try:
+            self._refresh(links=True, addresses=True, routes=True)
+        except (KernelError, OSError):
+            assert self._loop is not None
+            self._loop.call_later(RETRY_S, self._resync)
 
     def _refresh(
         self, *, links: bool = False, addresses: bool = False, routes: bool = False, neighbours: bool = False
@@ -463,6 +485,7 @@ class Interfaces:
         elif not wanted:
             self._neighbours.clear()
             self._forwarding.clear()
+            self._behind.clear()
         self._following_neighbours = wanted
 
     def _learn(self, entry: rtnetlink.NeighbourMessage | None) -> bool:
@@ -476,6 +499,12 @@ class Interfaces:
             key = (entry.master, entry.mac)
             if self._forwarding.get(key) == entry.ifindex:
                 return False
+            self._behind.get(self._forwarding.get(key, 0), {}).pop(key, None)
+            behind = self._behind.setdefault(entry.ifindex, {})
+            if len(behind) >= MACS_PER_PORT:
+                oldest = next(iter(behind))
+                del behind[oldest], self._forwarding[oldest]
+            behind[key] = None
             self._forwarding[key] = entry.ifindex
             return True
         if entry.address is None or _kind_in(self._links, entry.ifindex) != "bridge":
@@ -483,6 +512,8 @@ class Interfaces:
         place = (entry.ifindex, entry.address)
         if self._neighbours.get(place) == entry.mac:
             return False
+        if place not in self._neighbours and len(self._neighbours) >= NEIGHBOURS:
+            del self._neighbours[next(iter(self._neighbours))]
         self._neighbours[place] = entry.mac
         return True
 
@@ -495,6 +526,9 @@ class Interfaces:
             for key, port in self._forwarding.items()
             if port in self._links and self._links[port].master == key[0]
         }
+        self._behind = {}
+        for key, port in self._forwarding.items():
+            self._behind.setdefault(port, {})[key] = None
 
 
 def _kind_in(links: Mapping[int, Link], ifindex: int) -> str:

@@ -23,6 +23,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x4, 0x300, 0x10
 NLM_F_CREATE, NLM_F_REPLACE = 0x400, 0x100
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NETLINK_NO_ENOBUFS = 270, 1, 5
 SO_RCVBUFFORCE, SO_MEMINFO = 33, 55
+ANSWER_TIMEOUT_S = 10.0
 _MEMINFO = struct.Struct("=9I")  # SK_MEMINFO_…, linux/sock_diag.h; the last one is the number of drops
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
@@ -246,6 +247,8 @@ class RouteSocket:
         # An overrun as a socket error would end the polling of libuv for good (uv__poll_io stops on
         # POLLERR). The drop counter tells as well, and whoever drops has left something to read.
         self.socket.setsockopt(SOL_NETLINK, NETLINK_NO_ENOBUFS, 1)
+        # Dumps answer at once; a kernel that does not must not hang its caller for good.
+        self.socket.settimeout(0 if groups else ANSWER_TIMEOUT_S)
         self._sequence = 0
         self._drops = 0
 
@@ -271,7 +274,7 @@ class RouteSocket:
         """(message type, payload) of everything that waits; never blocks. Overrun when some were lost."""
         while True:
             try:
-                data = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
+                data = self.socket.recv(1 << 16)
             except BlockingIOError:
                 break
             for kind, _, _, payload in _messages(data):

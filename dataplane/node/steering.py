@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataplane.addresses import Prefix, family_of, format_address, parse_address
-from dataplane.config import AgentConfig, Fail, IptablesVariant, Mode
+from dataplane.config import AgentConfig, Fail, IptablesVariant, MarkLayout, Mode
 from dataplane.errors import KernelError
 from dataplane.model import Key
 from dataplane.node import ipset, iptables
@@ -208,7 +208,8 @@ class Steering:
             veth_prefix=config.veth_prefix,
         )
         self._ports: tuple[Port, ...] = ()
-        self._sets: dict[str, set[str]] | None = None  # None: has to be read
+        self._unwritten = True  # the rules in the kernel may be others than _rules()
+        self._sets: dict[str, set[str]] | None = None  # as last applied; None: not yet
         self._groups: dict[int, int] | None = None  # None: whatever an earlier run left, until apply()
         self._replaced: dict[str, int] = dict.fromkeys(COUNTED, 0)  # counted by rules that are gone
 
@@ -272,13 +273,13 @@ class Steering:
         ports = bridge_ports(pods)
         options = self._options_for(not_pods)
         adds, removals = ipset.change(wanted, self._present_sets())
-        self._change_sets(adds)
-        if ports != self._ports or options != self._options:
+        ipset.restore(adds)
+        if self._unwritten or ports != self._ports or options != self._options:
             self._ports, self._options = ports, options
             self._write_rules({family: tool.read() for family, tool in self._tools.items()})
         self._groups = group_bits(pods)
         self._write_groups()
-        self._change_sets(removals)
+        ipset.restore(removals)
         self._sets = wanted
 
     def verify(self, *, repair: bool = False) -> list[str]:
@@ -304,10 +305,10 @@ class Steering:
         if found and repair:
             self._make_sets()
             adds, removals = ipset.change(wanted_sets, self._present_sets())
-            self._change_sets(adds)
+            ipset.restore(adds)
             self._write_rules(saved)
             self._write_groups()
-            self._change_sets(removals)
+            ipset.restore(removals)
             self._sets = wanted_sets
         return found
 
@@ -342,6 +343,7 @@ class Steering:
 
     def _write_rules(self, saved: Mapping[int, Mapping[str, SavedTable]]) -> bool:
         changed = False
+        self._unwritten = True
         for family, tool in self._tools.items():
             wanted = self._rules(family)
             text = iptables.plan(saved[family], wanted)
@@ -358,6 +360,7 @@ class Steering:
                 )
             for word in COUNTED:
                 self._replaced[word] += iptables.counts(saved[family], word) - iptables.counts(after, word)
+        self._unwritten = False
         return changed
 
     def _make_sets(self) -> bool:
@@ -383,9 +386,6 @@ class Steering:
 
     def _present_sets(self) -> dict[str, set[str]]:
         return {name: saved.members for name, saved in ipset.read(SET_PREFIX).items()}
-
-    def _change_sets(self, lines: Sequence[str]) -> None:
-        ipset.restore(lines)
 
     def _wrong_groups(self) -> list[tuple[LinkMessage, int]]:
         if self._groups is None:
@@ -440,6 +440,20 @@ def _remove_rules(variants: Iterable[IptablesVariant]) -> list[str]:
                 if chains:
                     removed.append(f"{_COMMANDS[family]} ({variant}): {chains} chains of table {table}")
     return removed
+
+
+def installed_marks() -> MarkLayout | None:
+    """The mark bits of the rules of ours that are in force here, None when there are none."""
+    for variant in VARIANTS:
+        tool = iptables.find_tool(variant, 4)
+        if tool is None:
+            continue
+        for table in tool.read(("mangle",)).values():
+            for rule in table.chains.get("PODGATE-POSTROUTING", ()):
+                found = re.fullmatch(r"-j MARK --set-xmark 0x0/(0x[0-9a-f]+)", rule.text)
+                if found:
+                    return MarkLayout.from_mask(int(found[1], 16))
+    return None
 
 
 def remove_everything() -> list[str]:

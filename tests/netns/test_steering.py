@@ -261,7 +261,7 @@ def test_no_packet_slips_through_while_rules_are_replaced(lab: Net, variant: Ipt
         finally:
             stop.set()
             thread.join()
-        assert sent > 1000
+        assert sent > 200
         assert not flow.asked()
 
 
