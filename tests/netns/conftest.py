@@ -165,7 +165,9 @@ class RunningAgent:
 
     def write(self, *objects: Object, file: str = "policies.yaml", wait: bool = True) -> None:
         """Put objects into one file of the directory, in one step; return once they are in force."""
-        self.write_text(yaml.safe_dump_all(objects), file, wait=wait)
+        # An empty file keeps what it held before (it may be about to be written); an empty list does not.
+        documents = objects or ({"apiVersion": "v1", "kind": "List", "items": []},)
+        self.write_text(yaml.safe_dump_all(documents), file, wait=wait)
 
     def write_text(self, text: str, file: str = "policies.yaml", *, wait: bool = True) -> None:
         path = self.directory / file
