@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from conftest import AgentFactory, LabFactory
 from objects import Object, allow, anywhere, deny, pod, policy, rule, select
-from traffic import FAMILIES, af, check
+from packets import FAMILIES, af, check
 
 from dataplane.lab.topology import Topology, Wire
 
