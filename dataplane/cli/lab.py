@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -90,8 +91,11 @@ def down(name: str) -> None:
 
     if rootless.needed():
         rootless.enter(name)
-        world.down(name)
-        rootless.end_holder()
+        try:
+            with contextlib.suppress(InputError):  # its making died before it had any state
+                world.down(name)
+        finally:
+            rootless.end_holder()
     else:
         world.down(name)
 

@@ -210,7 +210,7 @@ class _Demo:
         self._head()
         pods = read_paths([self.examples / "pods.yaml"]).pods
         with contextlib.ExitStack() as ending:
-            lab = ending.enter_context(Lab.up(self.name, pods))
+            lab = ending.enter_context(Lab.up(self.name, pods, tied=True))
             self._pods(lab, pods)
             self.policies.mkdir()
             shutil.copy(self.examples / "pods.yaml", self.policies)
@@ -235,6 +235,7 @@ class _Demo:
         with self.log.open("wb") as log:
             self.agent = lab.popen(
                 "node",
+                *world.TIED,
                 *argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

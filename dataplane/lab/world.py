@@ -25,6 +25,7 @@ from dataplane.model import Key, Pod
 
 HOME = Path("/run/podgate/lab")
 OUTSIDE_PORTS = ((6, 80), (6, 443), (17, 53))
+TIED = ("setpriv", "--pdeathsig", "TERM")  # before a command that must not outlive its parent
 _T = TypeVar("_T")
 
 
@@ -41,8 +42,10 @@ class Lab:
     # -- making and finding
 
     @classmethod
-    def up(cls, name: str, pods: Sequence[Pod], topo: Topology | None = None) -> Lab:
+    def up(cls, name: str, pods: Sequence[Pod], topo: Topology | None = None, *, tied: bool = False) -> Lab:
         """Make the lab. Whatever fails, nothing of it is left.
+
+        `tied`: its server ends when the calling thread does, even by SIGKILL.
 
         InputError: a lab or a namespace of this name exists, or the objects do not fit together.
         KernelError: this machine refuses.
@@ -72,7 +75,7 @@ class Lab:
                     _apply(wiring.pod(plan, pod))
             if plan.topology.conntrack:
                 lab._follow_connections()
-            lab._start_server()
+            lab._start_server(tied)
         except BaseException:
             lab.down()
             raise
@@ -288,10 +291,10 @@ class Lab:
         shared = one.wire is Wire.HOST
         self.ask({"op": "serve", "netns": one.netns, "name": str(one.key), "ports": ports, "shared": shared})
 
-    def _start_server(self) -> None:
+    def _start_server(self, tied: bool) -> None:
         with (self.home / "server.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dataplane.lab.server", str(self.home)],
+                [*(TIED if tied else ()), sys.executable, "-m", "dataplane.lab.server", str(self.home)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -99,6 +99,7 @@ def test_a_demo_that_was_killed_is_swept_by_the_next() -> None:
     until(lambda: any(_agents(process.pid)), 20, "the agent of the demo")
     process.kill()
     process.communicate()
+    until(lambda: not _agents(process.pid), 10, "the agent to end with the demo")
     assert _left(process.pid)
     demo._sweep()
     assert not _left(process.pid)
