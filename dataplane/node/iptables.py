@@ -207,8 +207,11 @@ def _plan_table(present: SavedTable, wanted: TableRules) -> list[str]:
     return declare + rules
 
 
-def differences(present: Mapping[str, SavedTable], wanted: Mapping[str, TableRules]) -> list[str]:
-    """In plain words, what somebody else changed about our rules."""
+def differences(
+    present: Mapping[str, SavedTable], wanted: Mapping[str, TableRules], *, order: bool = True
+) -> list[str]:
+    """In plain words, what somebody else changed about our rules; without `order`, rules of others that
+    went before ours are not mentioned."""
     found = []
     for table, rules in wanted.items():
         saved = present.get(table, SavedTable())
@@ -217,7 +220,7 @@ def differences(present: Mapping[str, SavedTable], wanted: Mapping[str, TableRul
             places = [place for place, rule in _jumps_to_us(entries) if _target(rule.text) == target]
             if not places:
                 found.append(f"{table} {chain}: the jump to {target} is gone")
-            elif places[0] != 0:
+            elif places[0] != 0 and order:
                 found.append(f"{table} {chain}: {places[0]} rules stand before the jump to {target}")
             elif len(places) > 1:
                 found.append(f"{table} {chain}: {len(places)} jumps to {target}")
@@ -245,6 +248,21 @@ def counts(present: Mapping[str, SavedTable], reason: str) -> int:
         for rule in rules
         if mark in shlex.split(rule.text)
     )
+
+
+def skipped_rules(present: Mapping[str, SavedTable]) -> list[str]:
+    """Rules of others that a packet with a verdict does not meet: a verdict resumes at the next hook
+    function, past the rest of the chain it was queued from (net/netfilter/nfnetlink_queue.c)."""
+    found = []
+    mangle = present.get("mangle", SavedTable())
+    for chain in ("FORWARD", "INPUT"):
+        rules = [rule.text for rule in mangle.chains.get(chain, ()) if not is_ours(_target(rule.text) or "")]
+        if rules:
+            found.append(
+                f"mangle {chain}: packets that were judged do not meet {len(rules)} rules of others there,"
+                f" the first of them `{rules[0]}`"
+            )
+    return found
 
 
 _MARK_VALUES = ("--set-xmark", "--set-mark", "--or-mark", "--and-mark", "--xor-mark", "--mark")

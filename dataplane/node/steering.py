@@ -350,9 +350,13 @@ class Steering:
             if not text:
                 continue
             changed = True
-            tool.apply(text)
+            try:
+                tool.apply(text)
+            except KernelError:
+                # A rule that was to go may have been taken by somebody else since it was read.
+                tool.apply(iptables.plan(tool.read(), wanted))
             after = tool.read()
-            wrong = iptables.differences(after, wanted)
+            wrong = iptables.differences(after, wanted, order=False)
             if wrong:
                 raise KernelError(
                     f"{tool.restore_program} said it was done, but {wrong[0]}; another program may be"

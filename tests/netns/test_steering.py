@@ -41,6 +41,13 @@ def family(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
+@pytest.fixture(params=[(NFT, 4), (LEGACY, 6)], ids=["nft-v4", "legacy-v6"])
+def way(request: pytest.FixtureRequest) -> tuple[IptablesVariant, int]:
+    """Each variant and each family once: enough where a table has many rows."""
+    variant, family = request.param
+    return variant, family
+
+
 def save(variant: IptablesVariant) -> str:
     """Every rule of both families, without counters and the time."""
     lines = [
@@ -334,14 +341,14 @@ def test_packets_that_wait_in_a_queue_survive_every_change(lab: Net, variant: Ip
 )
 def test_only_the_isolated_direction_of_a_pod_is_queued(
     lab: Net,
-    variant: IptablesVariant,
-    family: int,
+    way: tuple[IptablesVariant, int],
     client: str,
     server: str,
     egress: bool,
     ingress: bool,
     queued: bool,
 ) -> None:
+    variant, family = way
     lab.add_pod("a")
     lab.add_pod("b")
     flow = Flow(lab, client, server, family)
@@ -652,13 +659,13 @@ def bridged(lab: Net) -> Net:
 )
 def test_pods_on_a_bridge_are_queued_once_in_their_isolated_direction(
     bridged: Net,
-    variant: IptablesVariant,
-    family: int,
+    way: tuple[IptablesVariant, int],
     client: str,
     server: str,
     isolated: dict[str, str],
     bits: int,
 ) -> None:
+    variant, family = way
     lab = bridged
     flow = Flow(lab, client, server, family)
     with inside(lab.node):

@@ -15,6 +15,7 @@ from dataplane.node.iptables import (
     normalise,
     parse_save,
     plan,
+    skipped_rules,
 )
 from dataplane.node.rendering import Options, Port, TableRules, render
 from dataplane.node.steering import adopted_ports, choose_variant
@@ -144,6 +145,16 @@ def test_rules_that_use_our_bits_are_found(rule: str, bits: str | None) -> None:
     found = foreign_marks(saved, 0x70000000)
     assert len(found) == (0 if bits is None else 1)
     assert bits is None or f"uses mark bits {bits}," in found[0]
+
+
+def test_rules_that_judged_packets_skip_are_told() -> None:
+    text = (
+        "*mangle\n:FORWARD ACCEPT [0:0]\n-A FORWARD -j PODGATE-FORWARD\n-A FORWARD -p tcp -j TCPMSS\nCOMMIT\n"
+    )
+    (told,) = skipped_rules(parse_save(text))
+    assert "1 rules of others there" in told
+    assert "`-p tcp -j TCPMSS`" in told
+    assert skipped_rules(parse_save(text.replace("-A FORWARD -p tcp -j TCPMSS\n", ""))) == []
 
 
 def test_drops_are_counted_by_their_reason() -> None:
