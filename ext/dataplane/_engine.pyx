@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, auto_pickle=False
 """The verdict engine. `_engine.pxd` is the readable face and holds the theory of operation.
 
 Order of checks, and what each answers:
@@ -13,20 +14,21 @@ Order of checks, and what each answers:
 1 to 5 are decided per packet, so what the cache holds depends on its key alone.
 """
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t, int64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
 from libc.stddef cimport size_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from dataplane._packet cimport (PKT_FIRST_FRAGMENT, PKT_ICMP_ERROR, PKT_ND, addr_t, decode, flow_to_python,
                                 flow_t, packet_t, unpack_address)
-from dataplane._reasons cimport (R_COUNT, R_MALFORMED, R_NEIGHBOUR_DISCOVERY, R_NO_RULE, R_NO_TABLE, R_NONE,
+from dataplane._reasons cimport (R_COUNT, R_NEIGHBOUR_DISCOVERY, R_NO_RULE, R_NO_TABLE, R_NONE,
                                  R_NOT_A_POD, R_NOT_ISOLATED, R_OWN_NODE, R_POLICY_RULE, R_RELATED, R_REPLY,
                                  R_SAME_POD, R_SPOOFED, reason_t)
 from dataplane._rules cimport (POD_BRANCH, POD_EGRESS_ISOLATED, POD_INGRESS_ISOLATED, POD_SPOOF_CHECK,
-                               POD_UNKNOWN, RuleTable, pod_t, ruleset_find, ruleset_t, table_is_own_node,
+                               POD_UNKNOWN, RuleTable, pod_t, ruleset_find, table_is_own_node,
                                table_pod_by_address, table_pod_by_device, table_pod_has_address, table_t)
-from dataplane._flows cimport (cache_find, cache_free, cache_new, cache_put, cache_t, flow_key_t, flow_value_t)
+from dataplane._flows cimport (cache_find, cache_free, cache_new, cache_put, cache_t, flow_key_t,
+                               flow_value_t)
 
 import os
 import time
@@ -108,7 +110,8 @@ cdef inline void deny(verdict_t *out, uint8_t reason, uint8_t direction) noexcep
 
 # The pod behind an interface. Packets that are routed onto a bridge do not say which port they
 # will leave by: there, and only there, the address tells the pod.
-cdef inline int32_t pod_at(const table_t *table, uint32_t device, uint8_t family, const addr_t *address) noexcept nogil:
+cdef inline int32_t pod_at(const table_t *table, uint32_t device, uint8_t family,
+                           const addr_t *address) noexcept nogil:
     cdef int32_t pod = table_pod_by_device(table, device)
     if pod < 0 and table.n_bridged and device:
         pod = table_pod_by_address(table, family, address)
@@ -194,7 +197,6 @@ cdef void judge_packet(const table_t *table, cache_t *cache, const packet_t *pac
     cdef int32_t sender
     cdef bint error = packet.flags & PKT_ICMP_ERROR != 0
     cdef bint local = path.hook == HOOK_LOCAL_IN
-    cdef uint32_t flags
     key.hook = path.hook
     if path.reply:
         key.indev = path.outdev
@@ -333,7 +335,8 @@ cdef void worker_leave(worker_t *worker) noexcept nogil:
     set_table(&worker.hazard, NULL)
 
 
-cdef void record(worker_t *worker, const packet_t *packet, const path_t *path, const verdict_t *verdict) noexcept nogil:
+cdef void record(worker_t *worker, const packet_t *packet, const path_t *path,
+                 const verdict_t *verdict) noexcept nogil:
     cdef uint64_t head = worker.ring_head
     cdef event_t *event
     if worker.ring == NULL:
@@ -362,7 +365,8 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
     elif out.egress_reason != R_NONE:
         worker.cache_misses += 1
     capture = get_u32(&worker.capture)
-    if capture and (not out.allow or capture == CAPTURE_ALL or (capture == CAPTURE_MISSES and not out.cached)):
+    if capture and (not out.allow or capture == CAPTURE_ALL
+                    or (capture == CAPTURE_MISSES and not out.cached)):
         record(worker, &packet, path, out)
 
 
@@ -467,7 +471,8 @@ cdef class Publisher:
         if table is not None:
             if table is not self.table:
                 if table.c.generation <= self._newest:
-                    raise ValueError(f"generation {table.c.generation} is not above {self._newest}, published before")
+                    raise ValueError(
+                        f"generation {table.c.generation} is not above {self._newest}, published before")
                 self._tables.append(table)
                 self._newest = table.c.generation
                 self._recent[table.c.generation] = table.pods
@@ -646,11 +651,11 @@ cdef class Worker:
         cdef uint8_t *block
         cdef const uint8_t *raw
         cdef verdict_t verdict
-        cdef long turns = rounds, turn
+        cdef long turns = rounds, _
         cdef size_t per_burst = burst
         if not n or burst < 1:
             raise ValueError("nothing to judge")
-        for packet, _, _, _ in packets:
+        for packet, *_rest in packets:
             size += (len(packet) + 63) // 64 * 64
         block = <uint8_t *>malloc(size)
         if offsets == NULL or paths == NULL or block == NULL:
@@ -667,7 +672,7 @@ cdef class Worker:
             i += 1
         began = time.perf_counter_ns()
         with nogil:
-            for turn in range(turns):
+            for _ in range(turns):
                 for i in range(n):
                     if i % per_burst == 0:
                         worker_enter(&self.c)

@@ -29,8 +29,10 @@ cdef struct cache_t     # opaque; defined in _flows.pyx
 
 cdef cache_t *cache_new(uint32_t entries, uint64_t seed) noexcept nogil    # NULL without memory
 cdef void cache_free(cache_t *cache) noexcept nogil
-cdef bint cache_find(cache_t *cache, const flow_key_t *key, uint32_t generation, flow_value_t *out) noexcept nogil
-# Eviction: an entry of another generation first; else the oldest entry of the newcomer's own
+cdef bint cache_find(cache_t *cache, const flow_key_t *key, uint32_t generation,
+                     flow_value_t *out) noexcept nogil
+# Eviction: an entry of another generation first; else the longest unused of the newcomer's own
 # interface when that interface holds half the bucket or more, so that a flood evicts itself; else
-# the oldest.
-cdef void cache_put(cache_t *cache, const flow_key_t *key, uint32_t generation, const flow_value_t *value) noexcept nogil
+# the longest unused.
+cdef void cache_put(cache_t *cache, const flow_key_t *key, uint32_t generation,
+                    const flow_value_t *value) noexcept nogil

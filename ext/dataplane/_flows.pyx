@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, auto_pickle=False
 """The flow cache. `_flows.pxd` is the readable face; this is how.
 
 A bucket is one header line and eight entries of one cache line each. The header holds 16 bits of
@@ -12,9 +13,9 @@ cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stddef cimport size_t
 from libc.stdlib cimport free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
-from dataplane._packet cimport flow_t, unpack_address
+from dataplane._packet cimport unpack_address
 
 import os
 
@@ -39,7 +40,7 @@ cdef struct entry_t:              # 64 bytes
 
 cdef struct bucket_t:             # 9 lines
     uint16_t tags[WAYS]
-    uint16_t generations[WAYS]    # low bits; 0 with an empty entry's tag is only a hint, too
+    uint16_t generations[WAYS]    # low bits
     uint16_t devices[WAYS]        # of the in-device: whose flood it is
     uint8_t ranks[WAYS]           # 0: used last … 7: longest ago; always a permutation
     uint8_t spare[8]
@@ -174,7 +175,8 @@ cdef void cache_free(cache_t *cache) noexcept nogil:
         free(cache)
 
 
-cdef bint cache_find(cache_t *cache, const flow_key_t *key, uint32_t generation, flow_value_t *out) noexcept nogil:
+cdef bint cache_find(cache_t *cache, const flow_key_t *key, uint32_t generation,
+                     flow_value_t *out) noexcept nogil:
     cdef entry_t packed
     cdef entry_t *entry
     cdef bucket_t *bucket
@@ -224,7 +226,8 @@ cdef inline int victim(const bucket_t *bucket, uint16_t device, uint16_t generat
     return own if 2 * mine >= WAYS else oldest
 
 
-cdef void cache_put(cache_t *cache, const flow_key_t *key, uint32_t generation, const flow_value_t *value) noexcept nogil:
+cdef void cache_put(cache_t *cache, const flow_key_t *key, uint32_t generation,
+                    const flow_value_t *value) noexcept nogil:
     cdef entry_t packed
     cdef bucket_t *bucket
     cdef entry_t *entry

@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, auto_pickle=False
 """Decoding of IPv4 and IPv6 packets. `_packet.pxd` is the readable face; this is how.
 
 Every function takes the bytes it may read as (pointer, end) and compares before it reads. What is
@@ -120,7 +121,7 @@ cdef reason_t network6(const uint8_t *data, size_t captured, size_t wire, bint q
     cdef uint16_t payload, fragment
     cdef uint8_t protocol
     cdef int64_t jumbo
-    cdef int steps
+    cdef int _
     if captured < 40:
         return R_MALFORMED
     flow.family = 6
@@ -145,7 +146,7 @@ cdef reason_t network6(const uint8_t *data, size_t captured, size_t wire, bint q
     net.length = total
     net.end = captured if captured < total else total
     at = 40
-    for steps in range(MAX_EXTENSIONS + 1):
+    for _ in range(MAX_EXTENSIONS + 1):
         if protocol == IP_FRAGMENT:
             if net.end - at < 8:
                 return R_MALFORMED

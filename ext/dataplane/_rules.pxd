@@ -13,10 +13,11 @@ cdef struct port_range_t:
     uint32_t slot         # index into the cell's rule ids: which rule allows this range
 
 # What one address interval allows: ranges[first_range : first_range + n_ranges], sorted, disjoint.
+# Most cells have one range: there the rule stands in the cell, one memory access less.
 cdef struct cell_t:
     uint32_t first_range
     uint32_t n_ranges
-    uint32_t first_rule_id    # rule_ids[first_rule_id + slot] is the rule that allows
+    uint32_t first_rule_id    # rule_ids[first_rule_id + slot] is the rule that allows; n_ranges 1: the rule
 
 # One family of a RuleSet. Interval i is [starts[i], starts[i + 1] - 1]; the first start is the
 # lowest address of the family, the last interval ends at its highest.
@@ -28,12 +29,16 @@ cdef struct cell_t:
 cdef enum:
     MAX_LEVELS = 4
     LEVEL_BITS = 6
+    STRIDE = 16
 
 cdef struct family_t:
     uint32_t n                    # intervals, at least 1
     uint32_t levels               # 1 .. MAX_LEVELS
-    const uint32_t *starts4       # IPv4
-    const addr_t *starts6         # IPv6
+    uint32_t n_tops
+    const uint32_t *starts4       # IPv4; filled up to a multiple of STRIDE with the highest address
+    const addr_t *starts6         # IPv6, likewise
+    const uint32_t *tops4         # every STRIDEth start: dense, so that a search stays in fast memory
+    const addr_t *tops6
     const uint32_t *cells[4]      # per level and block: index into RuleSet's cells; 0 allows nothing
 
 cdef struct ruleset_t:
@@ -94,7 +99,8 @@ cdef struct table_t:
 cdef int32_t table_pod_by_device(const table_t *table, uint32_t ifindex) noexcept nogil
 cdef int32_t table_pod_by_address(const table_t *table, uint8_t family, const addr_t *address) noexcept nogil
 cdef bint table_is_own_node(const table_t *table, uint8_t family, const addr_t *address) noexcept nogil
-cdef bint table_pod_has_address(const table_t *table, uint32_t pod, uint8_t family, const addr_t *address) noexcept nogil
+cdef bint table_pod_has_address(const table_t *table, uint32_t pod, uint8_t family,
+                                const addr_t *address) noexcept nogil
 
 cdef class RuleTable:
     cdef table_t c
