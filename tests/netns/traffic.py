@@ -1,293 +1,121 @@
-"""Packets for tests: reachability written as rows, streams that check themselves, frames made by hand."""
+"""Sockets in the places of a lab: datagrams under any source address, and streams that keep coming."""
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
+import select
 import socket
-import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from objects import until
-
-from dataplane.addresses import family_of, parse_address
-from dataplane.lab.probe import ALLOWED, DENIED, Flow, Port, ask
+from dataplane.lab import netns
 from dataplane.lab.world import Lab
 
-FAMILIES = (4, 6)
-BLOCK = struct.Struct("!Q56x")
-TCP_INFO_TOTAL_RETRANS = 100  # offset in struct tcp_info (linux/tcp.h)
-ETH_P = {4: 0x0800, 6: 0x86DD}
-
-# source, destination, ports with blanks in between, one character per port: `.` allowed, `X` denied
-Row = tuple[str, str, str, str]
+IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+QUIET_SECONDS = 0.4  # silence that counts as silence: many times what a packet needs
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
-def check(lab: Lab, *rows: Row, families: Sequence[int] = FAMILIES, timeout: float = 1.0) -> None:
-    """Every row holds with real packets, on every family, all asked at once.
-
-    A destination is a place of the lab or an address outside it; one of the other family is left out
-    there. Ports that nobody serves are answered for the while.
-    """
-    flows: list[Flow] = []
-    wanted: list[tuple[str, str]] = []
-    spaces: dict[str, None] = {}
-    ports: dict[tuple[int, int], None] = {}
-    for source, destination, texts, verdicts in rows:
-        names = texts.split()
-        assert len(names) == len(verdicts), (texts, verdicts)
-        assert set(verdicts) <= {ALLOWED, DENIED}, verdicts
-        for family in families:
-            to = _address(lab, destination, family)
-            if to is None:
-                continue
-            spaces[
-                lab.outside if destination[0].isdigit() or ":" in destination else lab.netns(destination)
-            ] = None
-            own = parse_address(lab.address(source, family)) if "/" in source else None
-            for name, verdict in zip(names, verdicts, strict=True):
-                port = Port.parse(name)
-                if port.port:
-                    ports[port.protocol, port.port] = None
-                flows.append(Flow(lab.netns(source), own, to, port))
-                wanted.append((verdict, f"IPv{family} {source} -> {destination} {name}"))
-    with lab.serving(spaces, ports):
-        answers = ask(flows, timeout)
-    wrong = [
-        f"{text}: {'allowed' if answer.reached else 'denied'} {answer.error}"
-        for (verdict, text), answer in zip(wanted, answers, strict=True)
-        if answer.reached != (verdict == ALLOWED)
-    ]
-    assert not wrong, "\n".join(wrong)
-
-
-def _address(lab: Lab, destination: str, family: int) -> bytes | None:
-    if destination in ("node", "outside") or "/" in destination:
-        return parse_address(lab.address(destination, family))
-    address = parse_address(destination)
-    return address if family_of(address) == family else None
-
-
-def af(family: int) -> int:
-    return socket.AF_INET if family == 4 else socket.AF_INET6
-
-
-class Stream:
-    """A TCP connection between two places with numbered blocks under way, checked as they arrive.
-
-    `sender`: "client" or "server" keeps sending; the other side only reads. `received` counts the
-    blocks that came in order and whole; anything else ends up in `fault`.
-    """
-
-    def __init__(
-        self, lab: Lab, client: str, server: str, family: int = 4, sender: str = "client", port: int = 80
-    ) -> None:
-        self.received = 0
-        self.fault: str | None = None
-        self.gap = 0.0  # the longest pause between two arrivals
-        self.sender = sender
-        self._stop = threading.Event()
-        # Its own port number: the lab serves those of the pods.
-        with lab.make_socket(server, af(family), socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((lab.address(server, family), port))
-            listener.listen()
-            listener.settimeout(5)
-            self.client = lab.make_socket(client, af(family), socket.SOCK_STREAM)
-            self.client.settimeout(5)
-            self.client.connect((lab.address(server, family), port))
-            self.server, _ = listener.accept()
-        self.client_port = self.client.getsockname()[1]
-        ends = (self.client, self.server) if sender == "client" else (self.server, self.client)
-        self._out, self._in = ends
-        self._out.settimeout(30)
-        self._in.settimeout(0.2)
-        self._threads = [threading.Thread(target=self._send), threading.Thread(target=self._receive)]
-        for thread in self._threads:
-            thread.start()
-
-    def __enter__(self) -> Stream:
-        until(lambda: self.received > 5, what="the stream flows")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._stop.set()
-        for sock in (self.client, self.server):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(5)
-        self.client.close()
-        self.server.close()
-
-    @property
-    def retransmitted(self) -> int:
-        """Segments that the sender had to send again."""
-        info = self._out.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
-        return int(struct.unpack_from("=I", info, TCP_INFO_TOTAL_RETRANS)[0])
-
-    def assert_flows(self, blocks: int = 40) -> None:
-        """It is alive: so many more blocks arrive, all in order."""
-        before = self.received
-        until(lambda: self.received >= before + blocks or self.fault, what=f"{blocks} more blocks")
-        assert self.fault is None
-
-    def assert_cut(self, within: float = 1.0, watch: float = 0.6) -> None:
-        """Nothing arrives any more, `within` seconds from now."""
-        deadline = time.monotonic() + within
-        quiet_since, before = time.monotonic(), self.received
-        while time.monotonic() - quiet_since < watch:
-            time.sleep(0.02)
-            if self.received != before:
-                quiet_since, before = time.monotonic(), self.received
-                assert quiet_since < deadline, f"still flowing after {within} s"
-        assert self.fault is None
-
-    def _send(self) -> None:
-        number = 0
-        with contextlib.suppress(OSError):
-            while not self._stop.wait(0.004):
-                self._out.sendall(BLOCK.pack(number))
-                number += 1
-
-    def _receive(self) -> None:
-        data = b""
-        last = time.monotonic()
-        while not self._stop.is_set():
-            try:
-                more = self._in.recv(65536)
-            except TimeoutError:
-                continue
-            except OSError as error:
-                if not self._stop.is_set():
-                    self.fault = str(error)
-                return
-            if not more:
-                if not self._stop.is_set():
-                    self.fault = "ended"
-                return
-            now = time.monotonic()
-            self.gap, last = max(self.gap, now - last), now
-            data += more
-            while len(data) >= BLOCK.size:
-                (number,) = BLOCK.unpack_from(data)
-                if number != self.received:
-                    self.fault = f"block {number} after {self.received}"
-                    return
-                data = data[BLOCK.size :]
-                self.received += 1
-
-
-class Events:
-    """The agent's live verdicts, read in the background while the block runs."""
-
-    def __init__(self, control: Path, capture: str = "all") -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._connection = http.client.HTTPConnection("agent", timeout=5)
-        self._connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._connection.sock.settimeout(30)
-        self._connection.sock.connect(str(control))
-        self._raw = self._connection.sock
-        self._connection.request("GET", f"/events?capture={capture}")
-        self._response = self._connection.getresponse()
-        self._thread = threading.Thread(target=self._read)
-
-    def __enter__(self) -> Events:
-        self._thread.start()
-        time.sleep(0.05)  # capturing begins right after the header: nothing tells when
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._raw.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
-        self._connection.close()
-        self._raw.close()
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError):
-            while line := self._response.readline():
-                self.rows.append(json.loads(line))
-
-    def of(self, *ports: int, **fields: Any) -> list[dict[str, Any]]:
-        """Those with one of these port numbers on either side, and these fields."""
-        return [
-            row
-            for row in list(self.rows)
-            if (not ports or row["src_port"] in ports or row["dst_port"] in ports)
-            and all(row[name] == value for name, value in fields.items())
-        ]
-
-
-# -- packets made by hand
-
-
-def send_frames(lab: Lab, pod: str, family: int, packets: Sequence[bytes]) -> None:
-    """Send IP packets, made whole by the caller, out of a pod's eth0."""
-    one = lab.pod(pod)
-    header = bytes.fromhex((one.host_mac + one.mac).replace(":", "")) + struct.pack("!H", ETH_P[family])
-    with lab.make_socket(pod, socket.AF_PACKET, socket.SOCK_RAW) as raw:
-        raw.bind(("eth0", 0))
-        for packet in packets:
-            raw.send(header + packet)
-
-
-@contextlib.contextmanager
-def sniffing(lab: Lab, pod: str) -> Iterator[list[bytes]]:
-    """Every IP packet that reaches a pod's eth0 while the block runs, and 0.3 s longer."""
-    seen: list[bytes] = []
-    done = threading.Event()
-    raw = lab.make_socket(pod, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # ETH_P_ALL
-    raw.bind(("eth0", 3))
-    raw.settimeout(0.05)
-
-    def read() -> None:
-        while True:
-            try:
-                data, address = raw.recvfrom(65536)
-            except TimeoutError:
-                if done.is_set():
-                    return
-                continue
-            if address[2] != socket.PACKET_OUTGOING and address[1] in ETH_P.values():
-                seen.append(data)
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
-        yield seen
-        time.sleep(0.3)
-    finally:
-        done.set()
-        thread.join()
-        raw.close()
-
-
-def udp_server(lab: Lab, place: str, family: int, port: int) -> socket.socket:
-    """A bound UDP socket with a timeout of a second."""
-    made = lab.make_socket(place, af(family), socket.SOCK_DGRAM)
-    made.settimeout(1.0)
-    made.bind((lab.address(place, family), port))
+def udp(lab: Lab, place: str, port: int, *, family: int = 4, address: str | None = None) -> socket.socket:
+    """A UDP socket of a place. With `address` it speaks as that address, its own or not."""
+    where = lab.netns(place)
+    made = netns.make_socket(where, FAMILIES[family], socket.SOCK_DGRAM)
+    made.setblocking(False)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Room for a flood: what the test counts must not get lost here.
+    made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
+    if address is not None:
+        if family == 4:
+            made.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+        else:
+            made.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
+    made.bind((address or ("0.0.0.0" if family == 4 else "::"), port))
     return made
 
 
-def conntrack(lab: Lab, *argv: str) -> str:
-    """conntrack(8) in the node; what it prints."""
-    return lab.run("node", "conntrack", *argv, check=False).stdout
+def received(sock: socket.socket, seconds: float = QUIET_SECONDS, count: int = 0) -> list[bytes]:
+    """Datagrams that arrive until `count` are there, or for `seconds`."""
+    deadline = time.monotonic() + seconds
+    found: list[bytes] = []
+    while not count or len(found) < count:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([sock], [], [], left)[0]:
+            break
+        with contextlib.suppress(OSError):
+            found.append(sock.recv(65536))
+    return found
 
 
-def counter(lab: Lab, tool: str, table: str, comment: str) -> int:
-    """Packets counted by the one rule of the node with this comment."""
-    lines = lab.run("node", f"{tool}-save", "-c", "-t", table).stdout.splitlines()
-    found = [line for line in lines if f"--comment {comment} " in line + " "]
-    assert len(found) == 1, (comment, found)
-    return int(found[0].lstrip("[").partition(":")[0])
+def passes(source: socket.socket, to: tuple[str, int], target: socket.socket, seconds: float = 2.0) -> bool:
+    """Whether a datagram from `source` to `to` arrives at `target` within `seconds`; sent several times."""
+    received(target, 0.0)
+    word = f"probe {time.monotonic_ns()}".encode()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # an ICMP error about the one before, or EPERM
+            source.sendto(word, to)
+        if word in received(target, min(0.1, seconds / 4), 1):
+            return True
+    return False
+
+
+def arrives(source: socket.socket, to: tuple[str, int], target: socket.socket) -> bool:
+    """The same with the short patience that is enough to see a denial."""
+    return passes(source, to, target, QUIET_SECONDS)
+
+
+class Stream:
+    """A TCP connection from a place to a pod of the lab, whose server sends a line every 20 ms."""
+
+    def __init__(self, lab: Lab, source: str, destination: str, *, family: int = 4, port: int = 80) -> None:
+        self.sock = lab.make_socket(source, FAMILIES[family], socket.SOCK_STREAM)
+        self.sock.settimeout(5)
+        address = lab.address(destination, family) if "/" in destination else destination
+        self.sock.connect((address, port))
+        self.sock.sendall(b"stream\n")
+        assert self.sock.recv(4096)
+        self.sock.setblocking(False)
+
+    def flows(self, seconds: float = 5.0) -> bool:
+        """Whether data comes now, other than what had arrived before."""
+        self._drain()
+        if not select.select([self.sock], [], [], seconds)[0]:
+            return False
+        return bool(self._drain())
+
+    def silent(self, seconds: float = 0.5) -> bool:
+        """Whether nothing comes for so long. What is under way when it is called may still arrive."""
+        time.sleep(0.05)
+        self._drain()
+        return not select.select([self.sock], [], [], seconds)[0]
+
+    def _drain(self) -> int:
+        total = 0
+        with contextlib.suppress(BlockingIOError):
+            while data := self.sock.recv(65536):
+                total += len(data)
+        return total
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+@contextlib.contextmanager
+def sending(source: socket.socket, to: tuple[str, int], interval: float = 0.002) -> Iterator[None]:
+    """Send datagrams without a pause for as long as the block runs."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(interval):
+            with contextlib.suppress(OSError):
+                source.sendto(b"again", to)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
