@@ -1,15 +1,22 @@
 from collections.abc import Iterable
+from typing import Self, final
 
 from dataplane._engine import Worker
 
+@final
 class NativeQueue:
-    worker: Worker
-    number: int
-    maxlen: int
-    fail_open: bool
-    portid: int
-    def __init__(
-        self,
+    @property
+    def worker(self) -> Worker: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def maxlen(self) -> int: ...
+    @property
+    def fail_open(self) -> bool: ...
+    @property
+    def portid(self) -> int: ...
+    def __new__(
+        cls,
         worker: Worker,
         number: int,
         *,
@@ -19,7 +26,7 @@ class NativeQueue:
         offload: bool = True,
         fail_open: bool = False,
         maxlen: int = 4096,
-    ) -> None: ...
+    ) -> Self: ...
     def bind(self) -> None: ...
     def run(self) -> None: ...
     def stop(self) -> None: ...

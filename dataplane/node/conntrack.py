@@ -110,7 +110,7 @@ def flows(marks: MarkLayout) -> list[LiveFlow]:
     return [_live(entry, marks) for entry in _conntrack.dump(marks.egress, marks.ingress)]
 
 
-def _live(entry: _conntrack.Entry, marks: MarkLayout) -> LiveFlow:
+def _live(entry: _conntrack._Entry, marks: MarkLayout) -> LiveFlow:
     original, reply, protocol, icmp, mark, status, timeout, zone, information, counters = entry
     packets, octets, reply_packets, reply_octets = counters or (None, None, None, None)
     return LiveFlow(

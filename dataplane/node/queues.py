@@ -36,7 +36,8 @@ class QueueStats:
 class Queue(Protocol):
     """What a backend offers for one queue."""
 
-    number: int
+    @property
+    def number(self) -> int: ...
 
     def bind(self) -> None: ...
     def run(self) -> None: ...

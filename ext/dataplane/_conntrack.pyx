@@ -20,6 +20,7 @@ that meets a newer flow with the same tuple only has it judged once more.
 import errno as errno_module
 import os
 
+cimport cython
 from libc.errno cimport errno, EAGAIN, EBADMSG, EINTR, ENOBUFS, ENOENT
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
@@ -537,6 +538,8 @@ cdef int run_sweep(sweep_t *s, uint32_t egress, uint32_t ingress, bint few) noex
     return EAGAIN
 
 
+@cython.final
+@cython.auto_pickle(False)
 cdef class _Session:
     """Two netlink sockets and the buffers of one sweep."""
 

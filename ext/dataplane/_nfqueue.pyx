@@ -18,6 +18,7 @@ that an accepted run never lets through what was not judged, and nothing stays q
 import errno as errno_module
 import os
 
+cimport cython
 from libc.errno cimport errno, EINTR, EAGAIN, ENOBUFS, ENOENT
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, int32_t
@@ -462,6 +463,8 @@ cdef size_t put_attribute(uint8_t *at, uint16_t kind, const void *value, uint16_
     return (<size_t> length + 3) & ~<size_t> 3
 
 
+@cython.final
+@cython.auto_pickle(False)
 cdef class NativeQueue:
     """One queue of the network namespace that `bind` is called in, judged by `worker`.
 
