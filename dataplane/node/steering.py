@@ -194,8 +194,10 @@ class Steering:
     Errors are KernelError with the tool's own words.
     """
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, *, ipv6: bool | None = None) -> None:
+        """`ipv6`: whether there is any here; by default the kernel is asked."""
         self.config = config
+        self._ipv6 = ipv6_enabled() if ipv6 is None else ipv6
         self.variant = IptablesVariant.AUTO  # known after detect()
         self.problems: list[str] = []  # of the last detect(): for people, none stops enforcement
         self._tools: dict[int, Tool] = {}
@@ -228,7 +230,7 @@ class Steering:
             kube = {variant: iptables.kube_chains(tool) for variant, tool in installed.items()}
         self.variant = choose_variant(self.config.iptables, installed, kube)
         self._tools = {4: installed[self.variant]}
-        if ipv6_enabled():
+        if self._ipv6:
             tool = iptables.find_tool(self.variant, 6)
             if tool is None:
                 raise KernelError(
@@ -430,7 +432,7 @@ def _remove_rules(variants: Iterable[IptablesVariant]) -> list[str]:
     """Remove our rules from these variants; one line for each table that had some."""
     removed = []
     for variant in variants:
-        for family in FAMILIES:
+        for family in FAMILIES if ipv6_enabled() else FAMILIES[:1]:
             tool = iptables.find_tool(variant, family)
             if tool is None:
                 continue

@@ -126,6 +126,10 @@ class Net:
     def _namespace(self, name: str) -> None:
         run("ip", "netns", "add", name)
         self._made.append(name)
+        with inside(name):  # no second of silence before the first IPv6 packet
+            for which in ("all", "default"):
+                with open(f"/proc/sys/net/ipv6/conf/{which}/accept_dad", "w") as knob:
+                    knob.write("0")
         run("ip", "-n", name, "link", "set", "lo", "up")
 
     def space(self, who: str) -> str:

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import pytest
 from packet_lab import inside, run, wait_for
-from steering_net import PORT, Listener, Net, net, steering, udp_packet
+from steering_net import CONFIG, PORT, Listener, Net, net, steering, udp_packet
 
 from dataplane.addresses import parse_address, parse_prefix
 from dataplane.config import Fail, IptablesVariant, MarkLayout, Mode
 from dataplane.node.interfaces import Kind, Placement
 from dataplane.node.rendering import GROUP_CHECKED, GROUP_EGRESS
 from dataplane.node.rtnetlink import RouteSocket
-from dataplane.node.steering import remove_everything
+from dataplane.node.steering import Steering, remove_everything
 from dataplane.reasons import Reason
 
 pytestmark = pytest.mark.netns
@@ -218,6 +218,20 @@ def test_verify_tells_and_repairs_what_others_changed(lab: Net, variant: Iptable
         assert "ipset podgate-spoof-4 was changed: 1 members missing, 0 added" in found
         assert f"{host}: our bits of its device group are 0x0, not 0x50000000" in found
         assert steer.verify() == []
+
+
+def test_a_machine_without_ipv6_is_told_and_enforces_ipv4(lab: Net) -> None:
+    lab.add_pod("a")
+    flow = Flow(lab, "a", "outside")
+    with inside(lab.node):
+        steer = Steering(replace(CONFIG, iptables=NFT), ipv6=False)
+        steer.install()
+        assert any("IPv6 is off" in problem for problem in steer.problems)
+        steer.apply([lab.steered("a", egress=True)], [parse_prefix("fd00:ec2::/32")[0]])
+        assert steer.verify() == []
+        flow.ask()
+        wait_for(lambda: lab.queued(NFT) == 1)
+        assert "PODGATE" not in run("ip6tables-nft-save")
 
 
 def test_rules_of_others_that_use_our_mark_bits_are_told(lab: Net) -> None:
@@ -729,6 +743,27 @@ def test_a_bridged_pod_cannot_forge_nor_hide_behind_its_link_local_address(bridg
             return lab.queued(NFT, 6) > before
 
         wait_for(sent)
+
+
+def test_a_bridged_pod_whose_source_is_not_checked_is_steered_by_its_port(bridged: Net, family: int) -> None:
+    lab = bridged
+    with inside(lab.node):
+        steer = steering(NFT)
+        steer.install()
+        steer.apply(
+            [lab.steered("a", egress=True, spoof_check=False, bridge="br0"), lab.steered("b", bridge="br0")]
+        )
+        target = lab.address("outside", family)
+        for count, source in enumerate(
+            (lab.address("b", family), {4: "192.0.2.7", 6: "2001:db8::7"}[family]), 1
+        ):
+            lab.raw("a", family).sendto(udp_packet(family, source, target, PORT), (target, 0))
+
+            def queued_udp(count: int = count) -> bool:
+                return lab.queued(NFT, family) >= count
+
+            wait_for(queued_udp)
+        assert steer.counters()[Reason.SPOOFED] == 0
 
 
 def test_many_bridged_pods_are_checked_through_short_chains(lab: Net) -> None:
