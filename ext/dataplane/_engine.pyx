@@ -65,7 +65,7 @@ cdef extern from *:
 cdef enum:
     # How many generations of pods are kept for events read late: at one change per second and a
     # reader that polls more often than that, events never meet a table that is gone.
-    RECENT_TABLES = 16
+    RECENT_TABLES = 8
     RING_MAX = 1 << 20
 
 
@@ -188,9 +188,16 @@ cdef inline bint is_link_local_or_unspecified(const flow_t *flow) noexcept nogil
     return flow.src.high >> 54 == 0x3FA or (flow.src.high == 0 and flow.src.low == 0)
 
 
-# The verdict for a decoded packet. `cache` NULL: none.
-cdef void judge_packet(const table_t *table, cache_t *cache, const packet_t *packet, const path_t *path,
+# Strict mode meets interfaces before it knows their pod: no address to check against, and the
+# verdict then is that nothing is known, not that something is forged.
+cdef inline bint must_prove_source(const pod_t *pod) noexcept nogil:
+    return pod.flags & POD_SPOOF_CHECK and (pod.n_addresses != 0 or not pod.flags & POD_UNKNOWN)
+
+
+# The verdict for a decoded packet. `worker` NULL, or one without a cache: from the rules.
+cdef void judge_packet(const table_t *table, worker_t *worker, const packet_t *packet, const path_t *path,
                        verdict_t *out) noexcept nogil:
+    cdef cache_t *cache = worker.cache if worker != NULL else NULL
     cdef flow_key_t key
     cdef flow_value_t value
     cdef flow_t *flow = &key.flow
@@ -218,7 +225,7 @@ cdef void judge_packet(const table_t *table, cache_t *cache, const packet_t *pac
 
     # The sender is the pod behind the packet's own in-device: the responder's, in a reply.
     sender = out.ingress_pod if path.reply else out.egress_pod
-    if sender >= 0 and table.pods[sender].flags & POD_SPOOF_CHECK:
+    if sender >= 0 and must_prove_source(&table.pods[sender]):
         if not table_pod_has_address(table, sender, packet.flow.family, &packet.flow.src):
             if not (packet.flags & PKT_ND and is_link_local_or_unspecified(&packet.flow)):
                 if path.reply:
@@ -256,6 +263,7 @@ cdef void judge_packet(const table_t *table, cache_t *cache, const packet_t *pac
         if error or cache == NULL:
             judge_ends(table, flow, out)
         elif cache_find(cache, &key, table.generation, &value):
+            worker.cache_hits += 1
             out.cached = 1
             out.allow = value.verdict
             out.reason = value.reason
@@ -266,6 +274,7 @@ cdef void judge_packet(const table_t *table, cache_t *cache, const packet_t *pac
             out.egress_rule = <int32_t>value.egress_rule
             out.ingress_rule = <int32_t>value.ingress_rule
         else:
+            worker.cache_misses += 1
             judge_ends(table, flow, out)
             value.verdict = out.allow
             value.reason = out.reason
@@ -285,8 +294,8 @@ cdef void judge_packet(const table_t *table, cache_t *cache, const packet_t *pac
         out.bits = 0
 
 
-cdef void judge_bytes(const table_t *table, cache_t *cache, const uint8_t *data, size_t captured, size_t wire,
-                      const path_t *path, packet_t *packet, verdict_t *out) noexcept nogil:
+cdef void judge_bytes(const table_t *table, worker_t *worker, const uint8_t *data, size_t captured,
+                      size_t wire, const path_t *path, packet_t *packet, verdict_t *out) noexcept nogil:
     cdef reason_t bad = decode(data, captured, wire, packet)
     clear(out)
     if bad != R_NONE:
@@ -294,7 +303,7 @@ cdef void judge_bytes(const table_t *table, cache_t *cache, const uint8_t *data,
     elif table == NULL:
         deny(out, R_NO_TABLE, DIR_NONE)
     else:
-        judge_packet(table, cache, packet, path, out)
+        judge_packet(table, worker, packet, path, out)
 
 
 cdef void judge_flow(const table_t *table, const flow_t *flow, verdict_t *out) noexcept nogil:
@@ -357,13 +366,9 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
                        const path_t *path, verdict_t *out) noexcept nogil:
     cdef packet_t packet
     cdef uint32_t capture
-    judge_bytes(worker.table, worker.cache, data, captured, wire, path, &packet, out)
+    judge_bytes(worker.table, worker, data, captured, wire, path, &packet, out)
     worker.packets[out.allow][out.direction][out.reason] += 1
     worker.bytes[out.allow][out.direction][out.reason] += wire
-    if out.cached:
-        worker.cache_hits += 1
-    elif out.egress_reason != R_NONE:
-        worker.cache_misses += 1
     capture = get_u32(&worker.capture)
     if capture and (not out.allow or capture == CAPTURE_ALL
                     or (capture == CAPTURE_MISSES and not out.cached)):

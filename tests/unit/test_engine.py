@@ -38,7 +38,7 @@ LOCAL_IN = 1
 
 # Interfaces: pods 11…, uplink 2, bridge 3.
 UPLINK, BRIDGE = 2, 3
-A, B, C, OPEN, BRANCH, NEW, BRIDGED, ROUTER = 11, 12, 13, 14, 15, 16, 17, 18
+A, B, C, OPEN, BRANCH, NEW, BRIDGED, ROUTER, NAMELESS = 11, 12, 13, 14, 15, 16, 17, 18, 19
 NODE4, NODE6 = "192.168.0.1", "fd00:1::1"
 
 
@@ -76,6 +76,7 @@ PODS = [
     pod("branch", BRANCH, "10.0.0.5", "fd00::5", ingress=NOTHING, egress=NOTHING, branch=True),
     pod("new", NEW, "10.0.0.6", unknown=True),
     pod("bridged", BRIDGED, "10.0.0.7", ingress=WEB, bridge=BRIDGE),
+    pod("nameless", NAMELESS, unknown=True),
     pod("router", ROUTER, "10.0.0.8", egress=OUT, spoof_check=False),
 ]
 BY_NAME = {entry.key.name: entry for entry in PODS}
@@ -522,6 +523,13 @@ ROWS = [
         (R.NO_TABLE, R.NOT_A_POD),
     ),
     Row(
+        "unknown pod without any address yet",
+        tcp("10.0.0.66", "8.8.8.8"),
+        (NAMELESS, UPLINK),
+        (False, R.NO_TABLE, EGRESS, 0),
+        (R.NO_TABLE, R.NOT_A_POD),
+    ),
+    Row(
         "unknown pod receives",
         tcp("8.8.8.8", "10.0.0.6"),
         (UPLINK, NEW),
@@ -754,6 +762,7 @@ def test_icmp_errors_stay_out_of_the_cache(table: RuleTable) -> None:
     packet = error("192.0.2.1", tcp("10.0.0.1", "192.0.2.9"))
     for _ in range(3):
         assert not worker.judge(packet, indev=UPLINK, outdev=A, reply=True).cached
+    assert worker.cache_stats() == (0, 0)
     assert not worker.judge(tcp("10.0.0.1", "192.0.2.9"), indev=A, outdev=UPLINK).cached
 
 
