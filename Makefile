@@ -4,6 +4,7 @@
 
 SHELL := /bin/bash
 BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: run test setup lint types unit bench micro wheel clean help
