@@ -244,7 +244,7 @@ class Agent:
         try:
             table = self._publish(plan)
             seen, cut = await asyncio.to_thread(self._apply_to_kernel, plan, table)
-        except KernelError as error:
+        except (KernelError, ValueError) as error:  # ValueError: no table can be made of the plan
             if self.refused != str(error):
                 self.log.error("change not in force, will be tried again", error=str(error))
             self.refused = str(error)

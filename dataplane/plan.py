@@ -6,6 +6,7 @@ live flows a change concerns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dataplane.addresses import Prefix
@@ -19,6 +20,7 @@ from dataplane.node.interfaces import (
     local_service_addresses,
     locate,
     lookalikes,
+    named_links,
     own_node_addresses,
     problems,
 )
@@ -68,12 +70,11 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
     default = NOTHING if config.mode is Mode.STRICT else None
     entries: list[PodEntry] = []
     steered: list[SteeredPod] = []
-    placements: dict[Key, Placement] = {}
-    for key in sorted(addresses):
-        placement = locate(key, addresses[key], state, config.veth_prefix)
-        if placement is None:
-            continue
-        placements[key] = placement
+    placements = place(addresses, snapshot, state, config.veth_prefix)
+    owners = address_owners(addresses, placements, state)
+    for key in sorted(placements):
+        placement = placements[key]
+        own = tuple(address for address in addresses[key] if owners[address] == key)
         pod = rules.get(key)
         ingress = (pod.ingress if pod else None) or default
         egress = (pod.egress if pod else None) or default
@@ -81,7 +82,7 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
         entries.append(
             PodEntry(
                 key=key,
-                addresses=addresses[key],
+                addresses=own,
                 devices=(placement.ifindex,),
                 ingress=ingress,
                 egress=egress,
@@ -95,7 +96,7 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
             SteeredPod(
                 key=key,
                 placement=placement,
-                addresses=addresses[key],
+                addresses=own,
                 egress=egress is not None,
                 ingress=ingress is not None,
                 spoof_check=spoof_check,
@@ -114,6 +115,43 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
         policies=len({endpoint.policy for endpoint in snapshot.policy_endpoints}),
         problems=tuple(problems(state, placements.values())),
     )
+
+
+def place(
+    addresses: Mapping[Key, tuple[bytes, ...]], snapshot: Snapshot, state: LinkState, veth_prefix: str
+) -> dict[Key, Placement]:
+    """The interface of every pod that has one here; no two pods have the same.
+
+    While an address passes from one pod to the next, objects of both may name it. An interface belongs
+    to the pod whose name it carries, else to the newest live Pod object, else to the pod that policies
+    name last: never to none, which would leave it open.
+    """
+    names: dict[int, Key] = {}
+    for key in addresses:
+        names.update(dict.fromkeys(named_links(key, state, veth_prefix), key))
+    live = {pod.key: pod.created_at or 0.0 for pod in snapshot.pods if not pod.finished}
+    claims: dict[int, list[tuple[bool, float, Key, Placement]]] = {}
+    for key, own in addresses.items():
+        placement = locate(key, own, state, veth_prefix, names)  # its own name's link stays its own
+        if placement is not None:
+            named = names.get(placement.ifindex) == key
+            claims.setdefault(placement.ifindex, []).append((named, live.get(key, -1.0), key, placement))
+    winners = (max(claimants, key=lambda claim: claim[:3]) for claimants in claims.values())
+    return {key: placement for _, _, key, placement in sorted(winners, key=lambda claim: claim[2])}
+
+
+def address_owners(
+    addresses: Mapping[Key, tuple[bytes, ...]], placements: Mapping[Key, Placement], state: LinkState
+) -> dict[bytes, Key]:
+    """The one pod that has each address: where its route leads, else the one on the newest interface."""
+    claims: dict[bytes, list[tuple[bool, int, Key]]] = {}
+    for key, placement in placements.items():
+        for address in addresses[key]:
+            routed = any(
+                route.ifindex == placement.ifindex for route in state.routes_by_address.get(address, ())
+            )
+            claims.setdefault(address, []).append((routed, placement.ifindex, key))
+    return {address: max(claimants)[2] for address, claimants in claims.items()}
 
 
 def touched(old: Plan | None, new: Plan) -> tuple[set[bytes], set[bytes]]:

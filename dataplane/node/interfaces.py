@@ -156,20 +156,33 @@ def host_veth_name(pod: Key, prefix: str) -> str:
     return prefix + digest.hexdigest()[:11]
 
 
-def locate(pod: Key, addresses: Collection[bytes], state: LinkState, veth_prefix: str) -> Placement | None:
-    """The interface of a pod, or None while it has none here.
+def named_links(pod: Key, state: LinkState, veth_prefix: str) -> set[int]:
+    """The links, by ifindex, whose name says that they are this pod's: one, or none."""
+    return {
+        link.ifindex
+        for prefix in (veth_prefix, BRANCH_PREFIX)
+        if (link := state.by_name.get(host_veth_name(pod, prefix))) is not None
+        and link.ifindex not in state.uplinks
+    }
+
+
+def locate(
+    pod: Key,
+    addresses: Collection[bytes],
+    state: LinkState,
+    veth_prefix: str,
+    others: Collection[int] = (),
+) -> Placement | None:
+    """The interface of a pod, or None while it has none here. `others`: links named for other pods.
 
     By name, then by host route in any table, then through a bridge's neighbour and forwarding tables.
     Name and route may disagree: the veth of a former pod of the same name can outlive it. Then a link
     that a route of the pod leads to wins over one without, and the newest (highest ifindex) among equals.
     """
     routed = {route.ifindex for address in addresses for route in state.routes_by_address.get(address, ())}
-    named = {
-        link.ifindex
-        for prefix in (veth_prefix, BRANCH_PREFIX)
-        if (link := state.by_name.get(host_veth_name(pod, prefix))) is not None
-        and link.ifindex not in state.uplinks
-    }
+    named = named_links(pod, state, veth_prefix)
+    # An address may have been handed on: its route then leads to the next owner's interface.
+    routed = {index for index in routed if index in named or index not in others}
     candidates = named | {index for index in routed if _may_be_pod(state, index)}
     if candidates:
         if named & routed:
@@ -385,7 +398,7 @@ class Interfaces:
                 known = mac is not None and (local.ifindex, mac) in self._forwarding
                 if address in _network_of(local) and not known:
                     try:
-                        self._dumps.solicit(local.ifindex, address)
+                        self._dumps.solicit(local.ifindex, address, mac)
                     except OSError:
                         continue  # the bridge is gone or down; its events are on their way
 
