@@ -54,7 +54,7 @@ RTPROT_KERNEL, RTPROT_RA = 2, 9
 RT_SCOPE_HOST = 254
 NDA_DST, NDA_LLADDR, NDA_MASTER = 1, 2, 9
 NTF_USE, NTF_SELF = 0x01, 0x02
-NUD_PERMANENT = 0x80
+NUD_PROBE, NUD_PERMANENT = 0x10, 0x80
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr
@@ -353,11 +353,18 @@ class RouteSocket:
         payload = _LINK.pack(AF_UNSPEC, 0, ifindex, 0, 0) + attribute(IFLA_GROUP, struct.pack("=I", group))
         self.request(RTM_SETLINK, payload)
 
-    def solicit(self, ifindex: int, address: bytes) -> None:
-        """Have the kernel ask (ARP, ND) which MAC an address has on this link. OSError when it cannot."""
+    def solicit(self, ifindex: int, address: bytes, mac: bytes | None = None) -> None:
+        """Have the kernel ask (ARP, ND) which MAC an address has on this link; OSError when it cannot.
+
+        `mac`: the one it is known to have. An entry that exists would otherwise be trusted for
+        seconds before it is probed.
+        """
         family = AF_INET if len(address) == 4 else AF_INET6
-        payload = _NEIGHBOUR.pack(family, ifindex, 0, NTF_USE, 0) + attribute(NDA_DST, address)
-        self.request(RTM_NEWNEIGH, payload, NLM_F_CREATE)
+        state, flags = (NUD_PROBE, 0) if mac is not None else (0, NTF_USE)
+        payload = _NEIGHBOUR.pack(family, ifindex, state, flags, 0) + attribute(NDA_DST, address)
+        if mac is not None:
+            payload += attribute(NDA_LLADDR, mac)
+        self.request(RTM_NEWNEIGH, payload, NLM_F_CREATE | NLM_F_REPLACE)
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:

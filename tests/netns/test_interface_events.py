@@ -69,6 +69,10 @@ def add_veth(name: str, *more: str) -> None:
     run("ip", "link", "set", name, "up", *more)
 
 
+def mac(space: str) -> str:
+    return run("ip", "-n", space, "-o", "link", "show", "dev", "eth0").split("link/ether ")[1].split()[0]
+
+
 def test_an_interface_appears_is_renamed_and_vanishes(node: str) -> None:
     async def body() -> None:
         async with following() as interfaces:
@@ -167,6 +171,12 @@ def test_a_bridged_pod_is_found_when_asked_for_and_stays_known_when_silent(
             run("ip", "addr", "add", "10.98.7.7/32", "dev", "lo")  # an event behind those of the flush
             await becomes(interfaces, lambda: len(own_node_addresses(interfaces.state)) == 2)
             assert place(interfaces) == found
+            # An agent that starts now has nothing but the node's own memory of the MAC.
+            run("ip", "neigh", "replace", "10.98.0.5", "lladdr", mac(pod), "dev", "br0", "nud", "stale")
+            run("bridge", "fdb", "flush", "dev", "br0")
+            async with following() as fresh:
+                fresh.solicit([ADDRESS])
+                await becomes(fresh, lambda: place(fresh) == found)
             run("ip", "link", "set", "vp", "nomaster")
             await becomes(interfaces, lambda: place(interfaces) is None)
 

@@ -582,7 +582,8 @@ def test_only_local_service_addresses_are_steered_in_input(
 ) -> None:
     lab.add_pod("a")
     service = {4: "169.254.20.10", 6: "fd00:ec2::23"}[family]
-    run("ip", "-n", lab.node, "addr", "add", f"{service}/{32 if family == 4 else 128}", "dev", "lo")
+    length, nodad = ("32", ()) if family == 4 else ("128", ("nodad",))
+    run("ip", "-n", lab.node, "addr", "add", f"{service}/{length}", "dev", "lo", *nodad)
     client = lab.udp("a", family)
     kubelet = lab.udp("node", family, PORT, lab.address("node", family))
     dns = lab.udp("node", family, PORT, service)
