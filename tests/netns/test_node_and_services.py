@@ -88,50 +88,37 @@ def test_another_node_is_an_ordinary_peer(lab: LabFactory, agent: AgentFactory) 
 # -- local service addresses
 
 
-@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "notrack"])
 @OFFLOAD
-def test_node_local_dns_is_an_ordinary_destination(
-    lab: LabFactory, agent: AgentFactory, options: list[str], tracked: bool
+def test_local_services_are_ordinary_destinations(
+    lab: LabFactory, agent: AgentFactory, options: list[str]
 ) -> None:
+    """Node-local DNS and the Pod Identity agent, tracked and (as node-local DNS wants it) untracked."""
     one = lab(["x/a", "x/b"])
-    one.run("node", "ip", "addr", "add", f"{LOCAL_DNS}/32", "dev", "lo")
-    one.run("node", "ip", "addr", "add", f"{IDENTITY}/128", "dev", "lo", "nodad")
-    if not tracked:
-        # As node-local DNS does it, for what is asked and for what it answers.
-        for family, address in ((4, LOCAL_DNS), (6, IDENTITY)):
-            for protocol in ("udp", "tcp"):
-                iptables(
-                    one,
-                    family,
-                    f"-t raw -A PREROUTING -d {address} -p {protocol} --dport 53 -j CT --notrack",
-                    f"-t raw -A OUTPUT -s {address} -p {protocol} --sport 53 -j CT --notrack",
-                )
+    services = {(4, LOCAL_DNS): False, (6, IDENTITY): False, (4, "169.254.170.23"): True}
+    for (family, address), tracked in services.items():
+        nodad = " nodad" if family == 6 else ""
+        one.run("node", *f"ip addr add {address}/{32 if family == 4 else 128} dev lo{nodad}".split())
+        for protocol in () if tracked else ("udp", "tcp"):
+            iptables(
+                one,
+                family,
+                f"-t raw -A PREROUTING -d {address} -p {protocol} --dport 53 -j CT --notrack",
+                f"-t raw -A OUTPUT -s {address} -p {protocol} --sport 53 -j CT --notrack",
+            )
     running = agent(one, deny(one, "x/a"), options=options)
     ports = "53/UDP 53/TCP 54/UDP"
     with one.serving([one.node], [(17, 53), (6, 53), (17, 54)]):
 
         def ask(verdicts: str) -> None:
-            check(
-                one,
-                ("x/a", LOCAL_DNS, ports, verdicts),
-                ("x/a", IDENTITY, ports, verdicts),
-                ("x/b", LOCAL_DNS, ports, "..."),
-                ("x/b", IDENTITY, ports, "..."),
-                # The node itself stays reachable all the while.
-                ("x/a", "node", ports, "..."),
-            )
+            rows = [("x/a", address, ports, verdicts) for _, address in services]
+            rows += [("x/b", address, ports, "...") for _, address in services]
+            # The node itself stays reachable all the while.
+            check(one, *rows, ("x/a", "node", ports, "..."))
 
         ask("XXX")
-        assert running.status()["counters"]["no-rule"] >= 6
-        running.write(
-            policy(
-                "x",
-                "a",
-                select(one, "x/a"),
-                ingress=[],
-                egress=[rule(LOCAL_DNS, "53/UDP"), rule(f"{IDENTITY}/128", "53/UDP")],
-            )
-        )
+        assert running.status()["counters"]["no-rule"] >= 9
+        allowed = [rule(address, "53/UDP") for _, address in services]
+        running.write(policy("x", "a", select(one, "x/a"), ingress=[], egress=allowed))
         ask(".XX")
 
 
@@ -175,39 +162,30 @@ def test_a_local_service_answers_only_while_allowed(lab: LabFactory, agent: Agen
 # -- Services
 
 
-@FAMILY
 @OFFLOAD
 def test_policy_sees_the_port_behind_a_service(
-    lab: LabFactory, agent: AgentFactory, options: list[str], family: int
+    lab: LabFactory, agent: AgentFactory, options: list[str]
 ) -> None:
     """Service port 80, container port 8080: rules name the latter, on both ends."""
     one = lab(["x/a", pod("x/b", ports=["8080/TCP", "8080/UDP", "8080/SCTP"])])
-    for protocol in ("tcp", "udp", "sctp"):
-        service(one, family, "x/b", 8080, protocol)
-    to = SERVICE[family]
-
-    def ask() -> list[str | None]:
-        ports = ("80/TCP", "80/UDP", "80/SCTP")
-        return [connect(one, "x/a", to, port, family, timeout=0.6).by for port in ports]
-
-    behind = ["8080/TCP", "8080/UDP", "8080/SCTP"]
+    for family in (4, 6):
+        for protocol in ("tcp", "udp", "sctp"):
+            service(one, family, "x/b", 8080, protocol)
+    ports, behind = ("80/TCP", "80/UDP", "80/SCTP"), ("8080/TCP", "8080/UDP", "8080/SCTP")
     running = agent(
         one,
         policy("x", "a", select(one, "x/a"), ingress=[], egress=allow(one, "x/b", ports=behind)),
         policy("x", "b", select(one, "x/b"), ingress=allow(one, "x/a", ports=behind), egress=[]),
         options=options,
     )
-    assert ask() == ["x/b"] * 3
+    for family in (4, 6):
+        for port in ports:
+            assert connect(one, "x/a", SERVICE[family], port, family).by == "x/b"
     # Neither the Service's address and port nor the backend's with the Service's port opens it.
-    running.write(
-        policy(
-            "x",
-            "a",
-            select(one, "x/a"),
-            egress=[rule(to, "80/TCP", "80/UDP", "80/SCTP"), *allow(one, "x/b", ports=["80/TCP"])],
-        )
-    )
-    assert ask() == [None] * 3
+    services = [rule(SERVICE[family], *ports) for family in (4, 6)]
+    rules = [*services, *allow(one, "x/b", ports=ports)]
+    running.write(policy("x", "a", select(one, "x/a"), egress=rules))
+    check(one, *(("x/a", SERVICE[family], " ".join(ports), "XXX") for family in (4, 6)))
 
 
 @FAMILY
