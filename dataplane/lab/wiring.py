@@ -97,6 +97,10 @@ def base(lab: Plan) -> Iterator[Step]:
         back.append(f"route add default {via}{src}")
         back += [f"route add local {net} dev lo" for net in OUTSIDE_NETS if net.family == family]
         back += _not_outside(lab.node_ips, family)
+        if family == 4:
+            # Without a rule beside the three built-in ones the kernel keeps `local` and `main` in one
+            # trie (fib_trie_unmerge), and `throw` then ends the look-up as unreachable.
+            back.append("rule add priority 32765 lookup main")
         yield Step(lab.outside, lines=tuple(back), family=family)
     # The CNI's choice: loose on the uplink, off elsewhere.
     yield Step(lab.node, tuple((f"ipv4/conf/{link}/rp_filter", "2") for link in uplinks))

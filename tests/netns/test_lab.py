@@ -207,6 +207,13 @@ def test_http_is_answered(lab: MakeLab) -> None:
     assert one.run("x/a", "python3", "-c", code).stdout.strip() == "x/b"
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_pods_may_have_addresses_of_the_outside_worlds_ranges(lab: MakeLab, family: int) -> None:
+    one = lab([pod("x/a", "192.0.2.7", "2001:db8::77")])
+    assert connect(one, "outside", "x/a", "80/TCP", family).by == "x/a"
+    assert connect(one, "x/a", "outside", "80/TCP", family).by == "outside"
+
+
 def test_labs_side_by_side_do_not_meet(lab: MakeLab) -> None:
     first, second = lab(["x/a", "x/b"]), lab(["x/a", "x/b"])
     rule = f"-A FORWARD -d {first.address('x/b')} -j DROP"
