@@ -242,8 +242,12 @@ def send_frames(lab: Lab, pod: str, family: int, packets: Sequence[bytes]) -> No
 
 
 @contextlib.contextmanager
-def sniffing(lab: Lab, pod: str) -> Iterator[list[bytes]]:
-    """Every IP packet that reaches a pod's eth0 while the block runs, and 0.3 s longer."""
+def sniffing(lab: Lab, pod: str, *sources: str) -> Iterator[list[bytes]]:
+    """Every IP packet that reaches a pod's eth0 while the block runs, and 0.3 s longer.
+
+    With `sources`, only those that come from one of these addresses.
+    """
+    wanted = [parse_address(source) for source in sources]
     seen: list[bytes] = []
     done = threading.Event()
     raw = lab.make_socket(pod, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # ETH_P_ALL
@@ -258,7 +262,9 @@ def sniffing(lab: Lab, pod: str) -> Iterator[list[bytes]]:
                 if done.is_set():
                     return
                 continue
-            if address[2] != socket.PACKET_OUTGOING and address[1] in ETH_P.values():
+            if address[2] == socket.PACKET_OUTGOING or address[1] not in ETH_P.values():
+                continue
+            if not wanted or (data[12:16] if data[0] >> 4 == 4 else data[8:24]) in wanted:
                 seen.append(data)
 
     thread = threading.Thread(target=read)
