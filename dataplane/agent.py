@@ -31,7 +31,7 @@ from dataplane.model import Problem, Snapshot
 from dataplane.node import conntrack
 from dataplane.node.interfaces import Interfaces
 from dataplane.node.queues import QueueSet
-from dataplane.node.steering import Steering
+from dataplane.node.steering import Steering, installed_marks
 from dataplane.observe.control import ControlServer
 from dataplane.observe.log import Logger, get_logger
 from dataplane.plan import Plan, make_plan, touched
@@ -75,6 +75,7 @@ class Agent:
         self.faults: list[str] = []  # what the last look at our own rules and threads found
         self.generation = 0  # of the table in force, its rules in the kernel too
         self._tables = 0  # how many were made
+        self.steering_lock = asyncio.Lock()  # Steering's methods run in threads, one at a time
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None
 
@@ -155,7 +156,10 @@ class Agent:
             self.queues.start()
         except KernelError as error:  # nothing of ours is in the kernel yet, and nothing will be
             raise InputError(str(error)) from None
+        earlier = await asyncio.to_thread(installed_marks)
         built = await asyncio.to_thread(self.steering.install, plan.not_pods)
+        if earlier not in (None, self.config.marks):
+            await asyncio.to_thread(conntrack.clear_all, earlier)  # bits that nobody reads any more
         self.log.info(
             "rules in the kernel",
             iptables=str(self.steering.variant),
@@ -243,7 +247,8 @@ class Agent:
             return
         try:
             table = self._publish(plan)
-            seen, cut = await asyncio.to_thread(self._apply_to_kernel, plan, table)
+            async with self.steering_lock:
+                seen, cut = await asyncio.to_thread(self._apply_to_kernel, plan, table)
         except (KernelError, ValueError) as error:  # ValueError: no table can be made of the plan
             if self.refused != str(error):
                 self.log.error("change not in force, will be tried again", error=str(error))
@@ -273,24 +278,24 @@ class Agent:
                 raise KernelError("a queue thread does not take up new rules; restart the agent")
             time.sleep(QUIESCE_SECONDS)
         self.steering.apply(plan.steered, plan.services, plan.not_pods)
-        if self.in_force is None:
-            # An earlier agent's flows: policies may have changed while nobody ran.
-            swept = conntrack.rejudge(table, marks, None)
-            return swept.seen, swept.cleared
         renewed, rejudged = touched(self.in_force, plan)
-        seen = cut = 0
-        if renewed:
+        if renewed and self.in_force is not None:
             conntrack.clear(marks, renewed)
-        if rejudged:
+        if self.in_force is None or self.refused is not None:
+            # Flows that an earlier agent, or a plan that came into force by half, has let in.
+            swept = conntrack.rejudge(table, marks, None)
+        elif rejudged:
             swept = conntrack.rejudge(table, marks, rejudged)
-            seen, cut = swept.seen, swept.cleared
-        return seen, cut
+        else:
+            return 0, 0
+        return swept.seen, swept.cleared
 
     async def _verify(self) -> None:
         """Put back what others changed of our rules, and notice queue threads that have ended."""
         faults = self.queues.healthy()
         try:
-            changed = await asyncio.to_thread(self.steering.verify, repair=True)
+            async with self.steering_lock:
+                changed = await asyncio.to_thread(self.steering.verify, repair=True)
             if changed:
                 self.log.error("others changed our rules; put back", what="; ".join(changed))
         except KernelError as error:

@@ -65,7 +65,9 @@ class Answers:
         queues = []
         if plan is not None:
             try:
-                for reason, packets in (await asyncio.to_thread(agent.steering.counters)).items():
+                async with agent.steering_lock:
+                    dropped = await asyncio.to_thread(agent.steering.counters)
+                for reason, packets in dropped.items():
                     counters[reason.text] += packets
             except KernelError as error:
                 problems.append(str(error))
