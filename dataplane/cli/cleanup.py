@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
+from pathlib import Path
 
 import click
 
-from dataplane.cli.client import output_option
+from dataplane.cli.client import control_option, output_option
 from dataplane.config import MarkLayout
 from dataplane.errors import InputError
 
@@ -20,6 +22,21 @@ def _mask(ctx: click.Context, param: click.Parameter, value: str | None) -> Mark
         raise InputError(f"--mark-mask {value}: not a number, write it like 0x70000000") from None
 
 
+def _is_left_over(control: Path) -> bool:
+    """Whether this is the socket of an agent that has crashed."""
+    if not control.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(control))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
 @click.command(epilog="Example:  ip netns exec my-node podgate cleanup")
 @click.option(
     "--mark-mask",
@@ -29,7 +46,8 @@ def _mask(ctx: click.Context, param: click.Parameter, value: str | None) -> Mark
     help="The mark bits the agent used, where its rules are gone already.  [default: as the rules say]",
 )
 @output_option
-def command(mark_mask: MarkLayout | None, output: str) -> None:
+@control_option
+def command(mark_mask: MarkLayout | None, output: str, control: Path) -> None:
     """Remove podgate's rules, IP sets, device group bits and flow marks, after a crash too.
 
     Acts in the network namespace it is run in. Stop the agent first: it would miss them. From then on
@@ -43,6 +61,9 @@ def command(mark_mask: MarkLayout | None, output: str) -> None:
     cleared = conntrack.clear_all(marks).cleared
     if cleared:
         removed.append(f"the marks {marks.saved:#x} of {cleared} connections")
+    if _is_left_over(control):
+        control.unlink(missing_ok=True)
+        removed.append(f"the socket {control}")
     if output == "json":
         click.echo(json.dumps({"removed": removed}))
     elif removed:

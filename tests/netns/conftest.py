@@ -171,7 +171,7 @@ class RunningAgent:
 
     def write_text(self, text: str, file: str = "policies.yaml", *, wait: bool = True) -> None:
         path = self.directory / file
-        if path.exists() and _means_the_same(path.read_text(), text):
+        if wait and path.exists() and _means_the_same(path.read_text(), text):
             wait = False  # nothing to come into force
 
         def act() -> None:
@@ -213,7 +213,7 @@ class RunningAgent:
 def _means_the_same(old: str, new: str) -> bool:
     try:
         return list(yaml.safe_load_all(old)) == list(yaml.safe_load_all(new))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return old == new
 
 

@@ -296,9 +296,8 @@ def test_the_waiting_policy_takes_hold_quickly(lab: LabFactory, agent: AgentFact
     one = lab(["x/b"])
     late = pod("x/late", "10.1.0.200", "fd00:1::200")
     daemon = agent(one, policy("x", "late", named(one, "x/late", late.ips), ingress=[]))
-    began = time.monotonic()
     one.add_pod(late)
     made = time.monotonic()
     until(lambda: no_problems(daemon))
-    print(f"isolated {(time.monotonic() - made) * 1000:.0f} ms after the pod, made in {made - began:.2f} s")
+    print(f"isolated {(time.monotonic() - made) * 1000:.0f} ms after the pod")  # noqa: T201
     assert time.monotonic() - made < 2

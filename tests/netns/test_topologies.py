@@ -6,7 +6,7 @@ import json
 
 import pytest
 from conftest import AgentFactory, LabFactory
-from objects import allow, deny, pod, policy, select
+from objects import allow, deny, pod, policy, select, until
 from traffic import Stream, arrives, passes, udp
 
 from dataplane.lab.probe import Matrix, connect, probe
@@ -172,7 +172,8 @@ def test_a_silent_pod_on_a_bridge_is_found_before_ready(lab: LabFactory, agent: 
 def test_without_br_netfilter_it_is_not_ready(lab: LabFactory, agent: AgentFactory) -> None:
     one = lab(["x/a", "x/b"], Topology(wire=Wire.BRIDGE, br_netfilter=False))
     daemon = agent(one, deny(one, "x/a"), wait=False)
-    done = daemon.podgate("status", "--wait-ready", "2", check=False)
+    until(lambda: "not ready" in daemon.text(), 15, "it has looked at the bridge")
+    done = daemon.podgate("status", "--wait-ready", "0.3", check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "sysctl -w net.bridge.bridge-nf-call-iptables=1" in done.stderr
