@@ -207,7 +207,7 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
     # What comes with our bits set did not get them from a verdict.
     clean = f"-m mark ! --mark {_hex(0, marks.mask)} -j MARK --set-xmark {_hex(0, marks.mask)}"
     service = f"-m set ! --match-set {set_name('service', family)} dst -j RETURN"
-    forward = [clean]
+    forward: list[str] = []
     entry = [clean, service]
     chains: dict[str, Rules] = {"PODGATE-QUEUE": _queue(options), "PODGATE-POSTROUTING": _save(options)}
     if options.strict:
@@ -215,6 +215,10 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
         forward += [*inward, *(f"-o {name}+ -j PODGATE-UNKNOWN-OUT" for name in _pod_names(options))]
         entry += inward
         chains |= _unknown(options)
+    if options.offload:
+        # Both ends judged: no rule below can queue it, and most packets of a busy node are such.
+        forward.append(f"-m connmark --mark {_hex(marks.saved, marks.saved)} -j RETURN")
+    forward.append(clean)
     if ports:
         forward.append("-j PODGATE-BRIDGE")
         entry += _bridge_from(ports, family, GROUP_EGRESS)
