@@ -25,7 +25,6 @@ IO_MODULES = {
     "socket",
     "asyncio",
     "threading",
-    "pyroute2",
     "inotify_simple",
     "aiohttp",
     "os",
