@@ -1,15 +1,4 @@
-"""The node agent: the composition root, and the only module that knows all others.
-
-Start order, so that nothing is ever judged by half the rules:
- 1. the control socket (a second agent stops here), links by netlink, every source read once;
- 2. the first table compiled and published, then the queue threads bound;
- 3. only then chains, sets and device groups: the kernel's rules change when somebody can answer;
- 4. live flows of an earlier run judged again.
-
-Every later change runs the same steps from the present alone: compile, publish, wait until no queue
-thread still uses the old table, steer, judge live flows again. A step that the kernel refuses
-becomes a problem in `status` and is tried again; until then the last good rules stay in force.
-"""
+"""The node agent: the composition root, and the only module that knows all others."""
 
 from __future__ import annotations
 
@@ -17,35 +6,17 @@ import asyncio
 import gc
 import signal
 import sys
-import time
 from collections.abc import Coroutine
-from contextlib import suppress
 from typing import Any
 
-from dataplane._engine import Publisher
-from dataplane._rules import RuleTable
 from dataplane.answers import Answers
 from dataplane.config import AgentConfig, OnStop
-from dataplane.errors import InputError, KernelError
-from dataplane.model import Problem, Snapshot
-from dataplane.node import conntrack
-from dataplane.node.interfaces import Interfaces
-from dataplane.node.queues import QueueSet
-from dataplane.node.steering import Steering, installed_marks
+from dataplane.enforcement import Enforcement
 from dataplane.observe.control import ControlServer
 from dataplane.observe.log import Logger, get_logger
-from dataplane.plan import Plan, make_plan, touched
-from dataplane.policy.compile import Compiler
 from dataplane.sources.contents import summary
 from dataplane.sources.directory import DirectorySource
 from dataplane.sources.store import Store
-
-RETRY_SECONDS = 2.0  # after a step that the kernel refused
-SOLICIT_SECONDS = 0.5  # a pod on a bridge is asked for this often until its port is known
-SOLICIT_AT_START_SECONDS = 1.0  # one that does not answer for so long is not there
-QUIESCE_SECONDS = 0.0005  # a burst takes tens of microseconds …
-QUIESCE_LIMIT_SECONDS = 5.0  # … so a thread that takes this long is stuck
-RING_ENTRIES = 8192  # verdict events per queue thread
 
 
 class Agent:
@@ -54,60 +25,35 @@ class Agent:
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
         self.log: Logger = get_logger()
-        self.store = Store()
-        self.source = DirectorySource(config.sources, self.store)
-        self.interfaces = Interfaces()
-        self.compiler = Compiler()
-        self.publisher = Publisher()
-        self.steering = Steering(config)
-        self.queues = QueueSet(
-            self.publisher,
-            backend=config.backend,
-            numbers=range(config.queue_base, config.queue_base + config.queues),
-            marks=config.marks,
-            fail=config.fail,
-            offload=config.offload,
-            ring_entries=RING_ENTRIES,
-        )
-        self.snapshot = Snapshot()
-        self.in_force: Plan | None = None  # the last plan whose every step succeeded
-        self.refused: str | None = None  # why the newest plan is not in force
-        self.faults: list[str] = []  # what the last look at our own rules and threads found
-        self.generation = 0  # of the table in force, its rules in the kernel too
-        self._tables = 0  # how many were made
-        self.steering_lock = asyncio.Lock()  # Steering's methods run in threads, one at a time
+        store = Store()
+        self.source = DirectorySource(config.sources, store)
+        self.enforcement = Enforcement(config, store)
+        answers = Answers(self.enforcement)
+        self.control = ControlServer(config.control, answers.by_name(), answers.streams())
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None
 
-    @property
-    def ready(self) -> bool:
-        """Whether everything known is in force and nothing is in the way of judging packets."""
-        plan = self.in_force
-        return plan is not None and not plan.problems and self.refused is None and not self.faults
-
-    # --- life ------------------------------------------------------------------------------------
-
     async def run(self) -> None:
-        """Start, enforce, and stop on SIGTERM or SIGINT."""
-        answers = Answers(self)
-        control = ControlServer(self.config.control, answers.by_name(), answers.streams())
-        await control.start()
+        """Start, enforce, and stop on SIGTERM or SIGINT.
+
+        The control socket comes first, since a second agent stops there, and no rule is in force
+        before every source has been read once.
+        """
+        await self.control.start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped_by, number)
         try:
-            await self.interfaces.start()
             self.source.load()
             if skipped := summary(self.source.skipped):
                 self.log.info("skipped", what=skipped)
             # What is loaded stays: the collector need not look through it at every later change.
             gc.collect()
             gc.freeze()
-            await self._until_stopped(self.source.run(), self._enforce())
+            await self._until_stopped(self.source.run(), self.enforcement.run())
         finally:
-            await asyncio.to_thread(self._leave_kernel)
-            await self.interfaces.stop()
-            await control.stop()
+            await self._leave()
+            await self.control.stop()
 
     async def _until_stopped(self, *parts: Coroutine[Any, Any, None]) -> None:
         tasks: list[asyncio.Task[Any]] = [asyncio.create_task(part) for part in parts]
@@ -125,182 +71,17 @@ class Agent:
         self._stop_signal = number
         self._stop.set()
 
-    def _leave_kernel(self) -> None:
-        """Take our rules away, or leave them to the next agent; then end the queue threads."""
-        config = self.config
+    async def _leave(self) -> None:
+        on_stop, enforced = self.config.on_stop, self.enforcement.in_force is not None
         at_terminal = self._stop_signal == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
-        if config.on_stop is OnStop.CLEAN or (config.on_stop is OnStop.AUTO and at_terminal):
-            # Rules first: whatever they still queue is answered while the threads live.
-            removed = self.steering.remove()
-            conntrack.clear_all(config.marks)
+        clean = on_stop is OnStop.CLEAN or (on_stop is OnStop.AUTO and at_terminal)
+        removed = await self.enforcement.stop(clean=clean)
+        if clean:
             self.log.info("cleaned up", removed=len(removed))
-        elif self.in_force is not None:
+        elif enforced:
+            closed = self.config.fail == "closed"
             self.log.info(
                 "rules stay in the kernel for the next agent",
-                until_then="new flows wait" if config.fail == "closed" else "new flows pass unjudged",
+                until_then="new flows wait" if closed else "new flows pass unjudged",
                 remove_with="podgate cleanup",
             )
-        self.queues.stop()
-
-    # --- putting in force ------------------------------------------------------------------------
-
-    async def _enforce(self) -> None:
-        await asyncio.to_thread(self.steering.detect)
-        self._take_snapshot()
-        await self._find_bridged_pods()
-        for problem in self.steering.problems:
-            self.log.warning("note", what=problem)
-        plan = self._plan()
-        self._publish(plan)
-        try:
-            self.queues.start()
-        except KernelError as error:  # nothing of ours is in the kernel yet, and nothing will be
-            raise InputError(str(error)) from None
-        earlier = await asyncio.to_thread(installed_marks)
-        built = await asyncio.to_thread(self.steering.install, plan.not_pods)
-        if earlier not in (None, self.config.marks):
-            await asyncio.to_thread(conntrack.clear_all, earlier)  # bits that nobody reads any more
-        self.log.info(
-            "rules in the kernel",
-            iptables=str(self.steering.variant),
-            state="built" if built else "kept as found",
-        )
-        verify_at = time.monotonic() + self.config.verify_seconds
-        while True:
-            await self._reconcile()
-            self.interfaces.solicit(self._unplaced(self.in_force))
-            while not await self._change(until=verify_at):
-                await self._verify()
-                verify_at = time.monotonic() + self.config.verify_seconds
-
-    async def _change(self, until: float) -> bool:
-        """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
-        waits = [
-            asyncio.create_task(self.store.wait_change()),
-            asyncio.create_task(self.interfaces.wait_change()),
-        ]
-        patience = until - time.monotonic()
-        if self.refused is not None:
-            patience = min(patience, RETRY_SECONDS)
-        elif self._unplaced(self.in_force):
-            patience = min(patience, SOLICIT_SECONDS)
-        try:
-            done, _ = await asyncio.wait(waits, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        again = self.refused is not None or bool(self._unplaced(self.in_force))
-        return bool(done) or (again and time.monotonic() < until)
-
-    def _unplaced(self, plan: Plan | None) -> list[bytes]:
-        """Addresses of pods of this node whose interface is not known, where a bridge may hide it."""
-        links = self.interfaces.state.links.values()
-        if plan is None or not any(link.kind == "bridge" for link in links):
-            return []
-        return [
-            ip for key, addresses in plan.addresses.items() if key not in plan.placements for ip in addresses
-        ]
-
-    async def _find_bridged_pods(self) -> None:
-        """Before the first rules: a pod that has been silent is in no table of its bridge."""
-        deadline = time.monotonic() + SOLICIT_AT_START_SECONDS
-        while (unplaced := self._unplaced(self._plan())) and time.monotonic() < deadline:
-            self.interfaces.solicit(unplaced)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.interfaces.wait_change(), SOLICIT_AT_START_SECONDS / 5)
-
-    def _take_snapshot(self) -> bool:
-        """Take up the objects known now; whether they changed."""
-        old, self.snapshot = self.snapshot, self.store.snapshot()
-        if self.snapshot == old:
-            return False
-        before = set(old.problems)
-        for problem in self.snapshot.problems:
-            if problem not in before:
-                self._log_problem(problem)
-        return True
-
-    def _log_problem(self, problem: Problem) -> None:
-        self.log.warning(
-            "bad object",
-            file=problem.source,
-            object=problem.object,
-            field=problem.field,
-            reason=problem.reason,
-        )
-
-    def _plan(self) -> Plan:
-        return make_plan(self.config, self.snapshot, self.interfaces.state)
-
-    def _publish(self, plan: Plan) -> RuleTable:
-        self._tables += 1
-        table = self.compiler.table(self._tables, plan.entries, plan.own_node)
-        self.publisher.publish(table)
-        return table
-
-    async def _reconcile(self) -> None:
-        started = time.monotonic()
-        news = self._take_snapshot()
-        plan, old = self._plan(), self.in_force
-        # New objects always make a new generation, so that whoever wrote them can wait for it.
-        if plan == old and not news and self.refused is None:
-            return
-        try:
-            table = self._publish(plan)
-            async with self.steering_lock:
-                seen, cut = await asyncio.to_thread(self._apply_to_kernel, plan, table)
-        except (KernelError, ValueError) as error:  # ValueError: no table can be made of the plan
-            if self.refused != str(error):
-                self.log.error("change not in force, will be tried again", error=str(error))
-            self.refused = str(error)
-            return
-        self.in_force, self.refused, self.generation = plan, None, table.generation
-        self.log.info(
-            "ready" if old is None else "rules in force",
-            generation=table.generation,
-            pods=len(plan.rules),
-            policies=plan.policies,
-            flows_judged_again=seen,
-            flows_cut=cut,
-            ms=round((time.monotonic() - started) * 1000, 1),
-        )
-        for problem in plan.problems:
-            if old is None or problem not in old.problems:
-                self.log.error("not ready", problem=problem)
-
-    def _apply_to_kernel(self, plan: Plan, table: RuleTable) -> tuple[int, int]:
-        """Steer, and judge live flows again; how many were looked at, and how many cut."""
-        marks = self.config.marks
-        # Until then a verdict of the old table may still be on its way into conntrack.
-        deadline = time.monotonic() + QUIESCE_LIMIT_SECONDS
-        while not self.publisher.quiesced():
-            if time.monotonic() > deadline:
-                raise KernelError("a queue thread does not take up new rules; restart the agent")
-            time.sleep(QUIESCE_SECONDS)
-        self.steering.apply(plan.steered, plan.services, plan.not_pods)
-        renewed, rejudged = touched(self.in_force, plan)
-        if renewed and self.in_force is not None:
-            conntrack.clear(marks, renewed)
-        if self.in_force is None or self.refused is not None:
-            # Flows that an earlier agent, or a plan that came into force by half, has let in.
-            swept = conntrack.rejudge(table, marks, None)
-        elif rejudged:
-            swept = conntrack.rejudge(table, marks, rejudged)
-        else:
-            return 0, 0
-        return swept.seen, swept.cleared
-
-    async def _verify(self) -> None:
-        """Put back what others changed of our rules, and notice queue threads that have ended."""
-        faults = self.queues.healthy()
-        try:
-            async with self.steering_lock:
-                changed = await asyncio.to_thread(self.steering.verify, repair=True)
-            if changed:
-                self.log.error("others changed our rules; put back", what="; ".join(changed))
-        except KernelError as error:
-            faults.append(str(error))
-        for fault in faults:
-            if fault not in self.faults:
-                self.log.error("fault", what=fault)
-        self.faults = faults

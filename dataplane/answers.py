@@ -6,31 +6,29 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataplane._engine import judge_flow
 from dataplane._rules import RuleTable
 from dataplane.addresses import format_address
+from dataplane.enforcement import Enforcement
 from dataplane.errors import InputError, KernelError
 from dataplane.model import Key
 from dataplane.node import conntrack
 from dataplane.observe.control import Answer, Query, Stream
-from dataplane.observe.events import CAPTURE, deciding_policy, describe_event, protocol_name
+from dataplane.observe.events import CAPTURE, deciding_policy, describe_event, pod_name, protocol_name
 from dataplane.plan import node_addresses
 from dataplane.policy.explain import describe_rules, explain, find_peer, known_pods, parse_family, parse_port
-
-if TYPE_CHECKING:
-    from dataplane.agent import Agent
 
 EVENT_SECONDS = 0.02  # how often the event rings are emptied while somebody reads
 READER_EVENTS = 8192  # how far a reader may lag before it loses records
 
 
 class Answers:
-    """Reads the agent's state; changes nothing but how many events are captured."""
+    """Reads the state of enforcement; changes nothing but how many events are captured."""
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+    def __init__(self, enforcement: Enforcement) -> None:
+        self.enforcement = enforcement
         self._readers: dict[asyncio.Queue[dict[str, Any]], str] = {}
         self._pump: asyncio.Task[None] | None = None
 
@@ -43,35 +41,34 @@ class Answers:
         return {"events": self.events}
 
     def _table(self) -> RuleTable:
-        table = self.agent.publisher.table
+        table = self.enforcement.publisher.table
         if table is None:
             raise InputError("the agent has no rules yet: it is still starting")
         return table
 
     async def status(self, _query: Query) -> dict[str, Any]:
         """How the agent is."""
-        agent, plan = self.agent, self.agent.in_force
+        now, plan = self.enforcement, self.enforcement.in_force
         counters: Counter[str] = Counter()
-        for worker in agent.queues.workers:
+        for worker in now.queues.workers:
             for (_allow, _direction, reason), (packets, _bytes) in worker.counters().items():
                 counters[reason.text] += packets
-        problems = list(agent.faults)
-        if agent.refused:
-            problems.append(agent.refused)
+        problems = list(now.faults)
+        if now.refused:
+            problems.append(now.refused)
         if plan is not None:
             problems += plan.problems
             problems += [f"pod {key}: its policies wait for its interface to appear" for key in plan.waiting]
-        problems += [str(problem) for problem in agent.snapshot.problems]
+        problems += [str(problem) for problem in now.snapshot.problems]
         queues = []
         if plan is not None:
             try:
-                async with agent.steering_lock:
-                    dropped = await asyncio.to_thread(agent.steering.counters)
+                dropped = await now.in_kernel_thread(now.steering.counters)
                 for reason, packets in dropped.items():
                     counters[reason.text] += packets
             except KernelError as error:
                 problems.append(str(error))
-            for queue in agent.queues.stats():
+            for queue in now.queues.stats():
                 counters["queue-full"] += queue.dropped + queue.user_dropped
                 queues.append(
                     {
@@ -81,13 +78,13 @@ class Answers:
                         "user_dropped": queue.user_dropped,
                     }
                 )
-        variant = agent.steering.variant
+        variant = now.steering.variant
         return {
-            "ready": agent.ready,
-            "generation": agent.generation,
-            "mode": str(agent.config.mode),
-            "fail": str(agent.config.fail),
-            "backend": str(agent.config.backend),
+            "ready": now.ready,
+            "generation": now.generation,
+            "mode": str(now.config.mode),
+            "fail": str(now.config.fail),
+            "backend": str(now.config.backend),
             "iptables": str(variant) if variant else None,
             "pods": len(plan.rules) if plan else 0,
             "policies": plan.policies if plan else 0,
@@ -110,8 +107,8 @@ class Answers:
 
     async def explain(self, query: Query) -> dict[str, Any]:
         """The verdict for one packet, by the rules in force."""
-        agent = self.agent
-        pods = known_pods(agent.snapshot, node_addresses(agent.config, agent.interfaces.state))
+        now = self.enforcement
+        pods = known_pods(now.snapshot, node_addresses(now.config, now.interfaces.state))
         return explain(
             self._table(),
             find_peer(query.get("from", ""), pods, "--from"),
@@ -124,7 +121,7 @@ class Answers:
         """Live flows from conntrack that touch a pod of this node, with their verdict now."""
         table, names = self._table(), self._names()
         rows = []
-        for flow in await asyncio.to_thread(conntrack.flows, self.agent.config.marks):
+        for flow in await asyncio.to_thread(conntrack.flows, self.enforcement.config.marks):
             # The originator before, the responder after translation: what pods' interfaces see.
             src, sport, dst, dport = flow.src, flow.sport, flow.reply_src, flow.reply_sport
             if src not in names and dst not in names:
@@ -140,8 +137,8 @@ class Answers:
                     "dst": format_address(dst),
                     "dst_port": dport,
                     "protocol": protocol_name(flow.protocol),
-                    "src_pod": self._name(names, src),
-                    "dst_pod": self._name(names, dst),
+                    "src_pod": pod_name(names, src),
+                    "dst_pod": pod_name(names, dst),
                     "state": flow.state,
                     "egress_judged": flow.egress,
                     "ingress_judged": flow.ingress,
@@ -155,20 +152,18 @@ class Answers:
         return rows
 
     def _names(self) -> dict[bytes, Key]:
-        plan = self.agent.in_force
+        plan = self.enforcement.in_force
         placed = plan.addresses if plan else {}
         return {address: key for key, addresses in placed.items() for address in addresses}
 
-    @staticmethod
-    def _name(names: Mapping[bytes, Key], address: bytes) -> str | None:
-        key = names.get(address)
-        return str(key) if key else None
-
-    async def events(self, query: Query) -> AsyncIterator[dict[str, Any]]:
+    def events(self, query: Query) -> AsyncIterator[dict[str, Any]]:
         """Live verdicts while somebody reads. `capture`: denied, misses (the default) or all."""
         capture = query.get("capture", "misses")
         if capture not in CAPTURE:
             raise InputError(f"capture={capture}: one of {', '.join(CAPTURE)}")
+        return self._events(capture)
+
+    async def _events(self, capture: str) -> AsyncIterator[dict[str, Any]]:
         mine: asyncio.Queue[dict[str, Any]] = asyncio.Queue(READER_EVENTS)
         self._readers[mine] = capture
         self._set_capture()
@@ -183,16 +178,15 @@ class Answers:
 
     def _set_capture(self) -> None:
         level = max((CAPTURE[name] for name in self._readers.values()), default=CAPTURE["none"])
-        for worker in self.agent.queues.workers:
+        for worker in self.enforcement.queues.workers:
             worker.capture = level
 
     async def _pump_events(self) -> None:
         while self._readers:
             names = self._names()
-            for worker in self.agent.queues.workers:
+            for worker in self.enforcement.queues.workers:
                 for event in worker.events(READER_EVENTS):
-                    row = describe_event(event, lambda ip: self._name(names, ip), self.agent.config.node_name)  # noqa: B023
-                    self._deliver(row)
+                    self._deliver(describe_event(event, names, self.enforcement.config.node_name))
             await asyncio.sleep(EVENT_SECONDS)
 
     def _deliver(self, row: dict[str, Any]) -> None:

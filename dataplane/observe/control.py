@@ -33,6 +33,10 @@ def _someone_listens(path: Path) -> bool:
         return True
 
 
+def _refusal(error: PodgateError) -> web.Response:
+    return web.json_response({"error": str(error), "exit_code": error.exit_code}, status=400)
+
+
 class ControlServer:
     """Serves named answers and streams of JSON lines on a unix socket that only root may open."""
 
@@ -51,18 +55,22 @@ class ControlServer:
             try:
                 return web.json_response(await answer(request.query))
             except PodgateError as error:
-                return web.json_response({"error": str(error), "exit_code": error.exit_code}, status=400)
+                return _refusal(error)
 
         return handle
 
     @staticmethod
     def _stream(stream: Stream) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                items = stream(request.query)
+            except PodgateError as error:
+                return _refusal(error)
             response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
             await response.prepare(request)
             # The reader going away is how a stream ends.
             with suppress(ConnectionError, asyncio.CancelledError):
-                async for item in stream(request.query):
+                async for item in items:
                     await response.write(json.dumps(item).encode() + b"\n")
             return response
 

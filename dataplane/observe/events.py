@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from dataplane.addresses import format_address
-from dataplane.model import PROTOCOL_NAMES, Direction
+from dataplane.model import PROTOCOL_NAMES, Direction, Key
 from dataplane.verdict import Event, Verdict
 
 # How much of the traffic becomes events; the values are the engine's capture levels.
@@ -15,12 +15,16 @@ CAPTURE = {"none": 0, "denied": 1, "misses": 2, "all": 3}
 
 OTHER_PROTOCOLS = {1: "ICMP", 58: "ICMPv6", 33: "DCCP", 136: "UDPLITE", 47: "GRE", 50: "ESP", 51: "AH"}
 
-NameOf = Callable[[bytes], str | None]
-
 
 def protocol_name(number: int) -> str:
     """`TCP`, `ICMPv6` …, or the number."""
     return PROTOCOL_NAMES.get(number) or OTHER_PROTOCOLS.get(number, str(number))
+
+
+def pod_name(names: Mapping[bytes, Key], address: bytes) -> str | None:
+    """`namespace/name` of the pod with this address, None when it is no pod of this node."""
+    key = names.get(address)
+    return str(key) if key else None
 
 
 def deciding_policy(verdict: Verdict) -> str | None:
@@ -35,8 +39,8 @@ def deciding_policy(verdict: Verdict) -> str | None:
     return None
 
 
-def describe_event(event: Event, name_of: NameOf, node: str | None) -> dict[str, Any]:
-    """One event as a JSON-ready record. `name_of` gives the pod behind an address, or None."""
+def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -> dict[str, Any]:
+    """One event as a JSON-ready record. `names`: the pods of this node by address."""
     verdict, packet, flow = event.verdict, event.packet, event.packet.flow
     return {
         "ts": datetime.fromtimestamp(event.when_ns / 1e9, UTC).isoformat(timespec="microseconds"),
@@ -49,8 +53,8 @@ def describe_event(event: Event, name_of: NameOf, node: str | None) -> dict[str,
         "dst": format_address(flow.dst) if flow.dst else None,
         "dst_port": flow.dport if flow.has_ports else None,
         "protocol": protocol_name(flow.protocol),
-        "src_pod": name_of(flow.src) if flow.src else None,
-        "dst_pod": name_of(flow.dst) if flow.dst else None,
+        "src_pod": pod_name(names, flow.src),
+        "dst_pod": pod_name(names, flow.dst),
         "node": node,
         "reply": event.reply,
         "cached": verdict.cached,

@@ -11,12 +11,14 @@ PACKAGE = Path(__file__).parents[2] / "dataplane"
 
 # package → packages of ours that it must not import
 FORBIDDEN = {
-    "sources": {"policy", "node", "observe", "lab", "cli", "agent", "plan", "answers"},
-    "policy": {"sources", "node", "observe", "lab", "cli", "agent", "plan", "answers"},
-    "node": {"sources", "observe", "lab", "cli", "agent", "plan", "answers"},
-    "observe": {"sources", "node", "lab", "cli", "agent", "plan", "answers"},
-    "lab": {"node", "observe", "agent", "plan", "answers"},
-    "plan": {"sources", "observe", "lab", "cli", "agent", "answers"},
+    "sources": {"policy", "node", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers"},
+    "policy": {"sources", "node", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers"},
+    "node": {"sources", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers"},
+    "observe": {"sources", "node", "lab", "cli", "agent", "enforcement", "plan", "answers"},
+    "lab": {"node", "observe", "agent", "enforcement", "plan", "answers"},
+    "plan": {"sources", "observe", "lab", "cli", "agent", "enforcement", "answers"},
+    "enforcement": {"sources", "lab", "cli", "agent", "answers"},
+    "answers": {"sources", "lab", "cli", "agent"},
 }
 # Modules that compute and must not touch the machine.
 PURE = ["policy", "plan.py", "model.py", "addresses.py", "reasons.py"]

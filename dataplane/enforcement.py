@@ -1,0 +1,274 @@
+"""Keeping the engine and the kernel in step with the objects and links known now.
+
+Start order, so that nothing is ever judged by half the rules: the first table compiled and
+published, then the queue threads bound; only then chains, sets and device groups, so that the
+kernel's rules change when somebody can answer; last, live flows of an earlier run judged again.
+
+Every later change runs the same steps from the present alone: compile, publish, wait until no queue
+thread still uses the old table, steer, judge live flows again. A step that the kernel refuses
+becomes a problem in `status` and is tried again; until then the last good rules stay in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Protocol, TypeVar
+
+from dataplane._engine import Publisher
+from dataplane._rules import RuleTable
+from dataplane.config import AgentConfig
+from dataplane.errors import InputError, KernelError
+from dataplane.model import Problem, Snapshot
+from dataplane.node import conntrack
+from dataplane.node.interfaces import Interfaces
+from dataplane.node.queues import QueueSet
+from dataplane.node.steering import Steering, installed_marks
+from dataplane.observe.log import Logger, get_logger
+from dataplane.plan import Plan, make_plan, touched
+from dataplane.policy.compile import Compiler
+
+RETRY_SECONDS = 2.0  # after a step that the kernel refused
+SOLICIT_SECONDS = 0.5  # a pod on a bridge is asked for this often until its port is known
+SOLICIT_AT_START_SECONDS = 1.0  # one that does not answer for so long is not there
+QUIESCE_SECONDS = 0.0005  # a burst takes tens of microseconds …
+QUIESCE_LIMIT_SECONDS = 5.0  # … so a thread that takes this long is stuck
+RING_ENTRIES = 8192  # verdict events per queue thread
+
+_T = TypeVar("_T")
+
+
+class Objects(Protocol):
+    """Where the objects come from (`sources.store.Store`)."""
+
+    def snapshot(self) -> Snapshot: ...
+    async def wait_change(self) -> None: ...
+
+
+class Enforcement:
+    """The rules in force on this node, and what keeps them there."""
+
+    def __init__(self, config: AgentConfig, objects: Objects) -> None:
+        self.config = config
+        self.log: Logger = get_logger()
+        self.objects = objects
+        self.interfaces = Interfaces()
+        self.compiler = Compiler()
+        self.publisher = Publisher()
+        self.steering = Steering(config)
+        self.queues = QueueSet(
+            self.publisher,
+            backend=config.backend,
+            numbers=range(config.queue_base, config.queue_base + config.queues),
+            marks=config.marks,
+            fail=config.fail,
+            offload=config.offload,
+            ring_entries=RING_ENTRIES,
+        )
+        self.snapshot = Snapshot()
+        self.in_force: Plan | None = None  # the last plan whose every step succeeded
+        self.refused: str | None = None  # why the newest plan is not in force
+        self.faults: list[str] = []  # what the last look at our own rules and threads found
+        self.generation = 0  # of the table in force, its rules in the kernel too
+        self._tables = 0  # how many were made
+        # What blocks on the kernel or its tools runs here, one call after the other: a change that was
+        # under way when the agent was told to stop ends before its rules are taken away.
+        self._kernel_thread = ThreadPoolExecutor(1, "podgate-kernel")
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything known is in force and nothing is in the way of judging packets."""
+        plan = self.in_force
+        return plan is not None and not plan.problems and self.refused is None and not self.faults
+
+    async def in_kernel_thread(self, call: Callable[[], _T]) -> _T:
+        """The result of a blocking call, made in turn with all others that touch the kernel's rules."""
+        return await asyncio.get_running_loop().run_in_executor(self._kernel_thread, call)
+
+    async def stop(self, *, clean: bool) -> list[str]:
+        """Take our rules away (`clean`), or leave them to the next agent; then end the queue threads.
+
+        Says what was removed.
+        """
+        removed: list[str] = []
+        try:
+            if clean:
+                # Rules first: whatever they still queue is answered while the threads live.
+                removed = await self.in_kernel_thread(self._remove)
+        finally:
+            await self.in_kernel_thread(self.queues.stop)
+            self._kernel_thread.shutdown()
+            await self.interfaces.stop()
+        return removed
+
+    def _remove(self) -> list[str]:
+        removed = self.steering.remove()
+        conntrack.clear_all(self.config.marks)
+        return removed
+
+    async def run(self) -> None:
+        """Put everything in force and keep it there, until cancelled.
+
+        InputError when a queue is somebody else's; nothing has been changed then.
+        """
+        await self.interfaces.start()
+        await self.in_kernel_thread(self.steering.detect)
+        self._take_snapshot()
+        await self._find_bridged_pods()
+        for problem in self.steering.problems:
+            self.log.warning("note", what=problem)
+        plan = self._plan()
+        self._publish(plan)
+        try:
+            self.queues.start()
+        except KernelError as error:  # nothing of ours is in the kernel yet, and nothing will be
+            raise InputError(str(error)) from None
+        earlier = await self.in_kernel_thread(installed_marks)
+        built = await self.in_kernel_thread(lambda: self.steering.install(plan.not_pods))
+        if earlier not in (None, self.config.marks):
+            await self.in_kernel_thread(lambda: conntrack.clear_all(earlier))  # nobody reads them now
+        self.log.info(
+            "rules in the kernel",
+            iptables=str(self.steering.variant),
+            state="built" if built else "kept as found",
+        )
+        verify_at = time.monotonic() + self.config.verify_seconds
+        while True:
+            await self._reconcile()
+            self.interfaces.solicit(self._unplaced(self.in_force))
+            while not await self._change(until=verify_at):
+                await self._verify()
+                verify_at = time.monotonic() + self.config.verify_seconds
+
+    async def _change(self, until: float) -> bool:
+        """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
+        waits = [
+            asyncio.create_task(self.objects.wait_change()),
+            asyncio.create_task(self.interfaces.wait_change()),
+        ]
+        patience = until - time.monotonic()
+        if self.refused is not None:
+            patience = min(patience, RETRY_SECONDS)
+        elif self._unplaced(self.in_force):
+            patience = min(patience, SOLICIT_SECONDS)
+        try:
+            done, _ = await asyncio.wait(waits, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        again = self.refused is not None or bool(self._unplaced(self.in_force))
+        return bool(done) or (again and time.monotonic() < until)
+
+    def _unplaced(self, plan: Plan | None) -> list[bytes]:
+        """Addresses of pods of this node whose interface is not known, where a bridge may hide it."""
+        links = self.interfaces.state.links.values()
+        if plan is None or not any(link.kind == "bridge" for link in links):
+            return []
+        return [
+            ip for key, addresses in plan.addresses.items() if key not in plan.placements for ip in addresses
+        ]
+
+    async def _find_bridged_pods(self) -> None:
+        """Before the first rules: a pod that has been silent is in no table of its bridge."""
+        deadline = time.monotonic() + SOLICIT_AT_START_SECONDS
+        while (unplaced := self._unplaced(self._plan())) and time.monotonic() < deadline:
+            self.interfaces.solicit(unplaced)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.interfaces.wait_change(), SOLICIT_AT_START_SECONDS / 5)
+
+    def _take_snapshot(self) -> bool:
+        """Take up the objects known now; whether they changed."""
+        old, self.snapshot = self.snapshot, self.objects.snapshot()
+        if self.snapshot == old:
+            return False
+        before = set(old.problems)
+        for problem in self.snapshot.problems:
+            if problem not in before:
+                self._log_problem(problem)
+        return True
+
+    def _log_problem(self, problem: Problem) -> None:
+        self.log.warning(
+            "bad object",
+            file=problem.source,
+            object=problem.object,
+            field=problem.field,
+            reason=problem.reason,
+        )
+
+    def _plan(self) -> Plan:
+        return make_plan(self.config, self.snapshot, self.interfaces.state)
+
+    def _publish(self, plan: Plan) -> RuleTable:
+        self._tables += 1
+        table = self.compiler.table(self._tables, plan.entries, plan.own_node)
+        self.publisher.publish(table)
+        return table
+
+    async def _reconcile(self) -> None:
+        started = time.monotonic()
+        news = self._take_snapshot()
+        plan, old = self._plan(), self.in_force
+        # New objects always make a new generation, so that whoever wrote them can wait for it.
+        if plan == old and not news and self.refused is None:
+            return
+        try:
+            table = self._publish(plan)
+            seen, cut = await self.in_kernel_thread(lambda: self._apply_to_kernel(plan, table))
+        except (KernelError, ValueError) as error:  # ValueError: no table can be made of the plan
+            if self.refused != str(error):
+                self.log.error("change not in force, will be tried again", error=str(error))
+            self.refused = str(error)
+            return
+        self.in_force, self.refused, self.generation = plan, None, table.generation
+        self.log.info(
+            "ready" if old is None else "rules in force",
+            generation=table.generation,
+            pods=len(plan.rules),
+            policies=plan.policies,
+            flows_judged_again=seen,
+            flows_cut=cut,
+            ms=round((time.monotonic() - started) * 1000, 1),
+        )
+        for problem in plan.problems:
+            if old is None or problem not in old.problems:
+                self.log.error("not ready", problem=problem)
+
+    def _apply_to_kernel(self, plan: Plan, table: RuleTable) -> tuple[int, int]:
+        """Steer, and judge live flows again; how many were looked at, and how many cut."""
+        marks = self.config.marks
+        # Until then a verdict of the old table may still be on its way into conntrack.
+        deadline = time.monotonic() + QUIESCE_LIMIT_SECONDS
+        while not self.publisher.quiesced():
+            if time.monotonic() > deadline:
+                raise KernelError("a queue thread does not take up new rules; restart the agent")
+            time.sleep(QUIESCE_SECONDS)
+        self.steering.apply(plan.steered, plan.services, plan.not_pods)
+        renewed, rejudged = touched(self.in_force, plan)
+        if renewed and self.in_force is not None:
+            conntrack.clear(marks, renewed)
+        if self.in_force is None or self.refused is not None:
+            # Flows that an earlier agent, or a plan that came into force by half, has let in.
+            swept = conntrack.rejudge(table, marks, None)
+        elif rejudged:
+            swept = conntrack.rejudge(table, marks, rejudged)
+        else:
+            return 0, 0
+        return swept.seen, swept.cleared
+
+    async def _verify(self) -> None:
+        """Put back what others changed of our rules, and notice queue threads that have ended."""
+        faults = self.queues.healthy()
+        try:
+            changed = await self.in_kernel_thread(lambda: self.steering.verify(repair=True))
+            if changed:
+                self.log.error("others changed our rules; put back", what="; ".join(changed))
+        except KernelError as error:
+            faults.append(str(error))
+        for fault in faults:
+            if fault not in self.faults:
+                self.log.error("fault", what=fault)
+        self.faults = faults
