@@ -76,7 +76,7 @@ class Agent:
         at_terminal = self._stop_signal == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
         clean = on_stop is OnStop.CLEAN or (on_stop is OnStop.AUTO and at_terminal)
         removed = await self.enforcement.stop(clean=clean)
-        if clean:
+        if clean and self.enforcement.started:
             self.log.info("cleaned up", removed=len(removed))
         elif enforced:
             closed = self.config.fail == "closed"

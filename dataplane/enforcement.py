@@ -72,6 +72,7 @@ class Enforcement:
         self.in_force: Plan | None = None  # the last plan whose every step succeeded
         self.refused: str | None = None  # why the newest plan is not in force
         self.faults: list[str] = []  # what the last look at our own rules and threads found
+        self.started = False  # the queues are ours; before that, rules found here are another agent's
         self.generation = 0  # of the table in force, its rules in the kernel too
         self._tables = 0  # how many were made
         # What blocks on the kernel or its tools runs here, one call after the other: a change that was
@@ -95,7 +96,7 @@ class Enforcement:
         """
         removed: list[str] = []
         try:
-            if clean:
+            if clean and self.started:
                 # Rules first: whatever they still queue is answered while the threads live.
                 removed = await self.in_kernel_thread(self._remove)
         finally:
@@ -126,6 +127,7 @@ class Enforcement:
             self.queues.start()
         except KernelError as error:  # nothing of ours is in the kernel yet, and nothing will be
             raise InputError(str(error)) from None
+        self.started = True
         earlier = await self.in_kernel_thread(installed_marks)
         built = await self.in_kernel_thread(lambda: self.steering.install(plan.not_pods))
         if earlier not in (None, self.config.marks):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -184,6 +185,20 @@ def test_on_stop_clean_leaves_nothing(lab: LabFactory, agent: AgentFactory, vari
     assert connect(one, "x/b", "x/a").reached
 
 
+def test_stopped_in_the_middle_of_a_change(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    daemon = agent(one, options=["--on-stop", "clean"])
+    for milliseconds in (40, 70):
+        daemon.write(deny(one, "x/a", name=f"deny-{milliseconds}"), wait=False)
+        time.sleep(milliseconds / 1000)  # the change is being written to the kernel about now
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGINT)
+        assert daemon.process.wait(15) == 0
+        assert traces(one) == []
+        assert "Traceback" not in daemon.text()
+        daemon.start()
+
+
 def rules_of_others(lab: Lab) -> list[str]:
     found = []
     for tool in ("iptables", "ip6tables"):
@@ -259,6 +274,9 @@ def test_a_second_agent_gives_up(lab: LabFactory, agent: AgentFactory, tmp_path:
     assert same_queue.returncode == 2
     assert one_line(same_queue.stderr), same_queue.stderr
     assert "queue 0" in same_queue.stderr
+    # Not even one that would clean up behind itself takes the first one's rules away.
+    cleaning = start_another(daemon, "--control", str(tmp_path / "c.sock"), "--on-stop", "clean")
+    assert cleaning.returncode == 2
     # The first one feels nothing.
     assert daemon.status()["ready"]
     assert one.run("node", "iptables-nft-save").stdout.count("PODGATE") == before
