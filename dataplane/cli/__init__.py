@@ -10,6 +10,8 @@ import click
 
 from dataplane.errors import PodgateError
 
+FAULT = 70  # EX_SOFTWARE of sysexits.h: neither "no" nor bad input
+
 # name → module in this package; the module's `command` is the click command.
 COMMANDS = {
     "agent": "agent",
@@ -56,6 +58,14 @@ def main() -> None:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as nothing_asked:
+        print(nothing_asked.format_message())
+        sys.exit(2)
+    except click.UsageError as error:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        help_of = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        print(f"podgate: {message}{help_of}", file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         message = error.format_message().strip().replace("\n", " ")
         print(f"podgate: {message}", file=sys.stderr)
@@ -69,3 +79,12 @@ def main() -> None:
         # The reader (head, less) went away; Python must not complain about it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as fault:
+        if os.environ.get("PODGATE_TRACEBACK"):
+            raise
+        what = f"{type(fault).__name__}: {fault}".replace("\n", " ")
+        print(
+            f"podgate: a fault of podgate itself, please report it: {what} (PODGATE_TRACEBACK=1 shows where)",
+            file=sys.stderr,
+        )
+        sys.exit(FAULT)
