@@ -44,6 +44,8 @@ _T = TypeVar("_T")
 class Objects(Protocol):
     """Where the objects come from (`sources.store.Store`)."""
 
+    @property
+    def settled(self) -> bool: ...
     def snapshot(self) -> Snapshot: ...
     async def wait_change(self) -> None: ...
 
@@ -141,7 +143,8 @@ class Enforcement:
         while True:
             await self._reconcile()
             self.interfaces.solicit(self._unplaced(self.in_force))
-            while not await self._change(until=verify_at):
+            # After a look at the rules the plan is made again too: no event tells of a sysctl.
+            if not await self._change(until=verify_at):
                 await self._verify()
                 verify_at = time.monotonic() + self.config.verify_seconds
 
@@ -212,7 +215,9 @@ class Enforcement:
 
     async def _reconcile(self) -> None:
         started = time.monotonic()
-        news = self._take_snapshot()
+        # A link may have woken us in the middle of a change of objects: half a policy could open or
+        # cut what neither the old nor the new one does.
+        news = self.objects.settled and self._take_snapshot()
         plan, old = self._plan(), self.in_force
         # New objects always make a new generation, so that whoever wrote them can wait for it.
         if plan == old and not news and self.refused is None:

@@ -49,9 +49,14 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def ask(control: Path, what: str, query: Mapping[str, str] = MappingProxyType({})) -> Any:
+def ask(
+    control: Path,
+    what: str,
+    query: Mapping[str, str] = MappingProxyType({}),
+    timeout: float = TIMEOUT_SECONDS,
+) -> Any:
     """The agent's answer to GET /`what`. AgentUnreachable when no agent answers."""
-    connection = _UnixConnection(control, TIMEOUT_SECONDS)
+    connection = _UnixConnection(control, timeout)
     try:
         connection.request("GET", f"/{what}?{urlencode(query)}")
         response = connection.getresponse()

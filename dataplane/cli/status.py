@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dataplane.cli.client import ask, control_option, output_option
+from dataplane.cli.client import TIMEOUT_SECONDS, ask, control_option, output_option
 from dataplane.errors import AgentUnreachable, PodgateError
 
 
@@ -26,7 +26,9 @@ def _wait(control: Path, seconds: float) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            status: dict[str, Any] = ask(control, "status")
+            # An agent that hangs must not make anybody wait for longer than they said.
+            patience = max(deadline - time.monotonic(), 1.0) if seconds else TIMEOUT_SECONDS
+            status: dict[str, Any] = ask(control, "status", timeout=patience)
             if status["ready"] or time.monotonic() >= deadline:
                 return status
         except AgentUnreachable:

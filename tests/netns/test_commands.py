@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +252,19 @@ def test_no_agent(lab: LabFactory, tmp_path: Path) -> None:
     stale.write_text("")
     done = run(one, "status", "--control", str(stale))
     fails(done, 1, str(stale))
+
+
+def test_an_agent_that_hangs(running: RunningAgent) -> None:
+    assert running.process is not None
+    running.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        done = running.podgate("status", "--wait-ready", "1", check=False)
+    finally:
+        running.process.send_signal(signal.SIGCONT)
+    fails(done, 1, "does not answer")
+    assert time.monotonic() - began < 5
+    assert running.status()["ready"]
 
 
 def test_explain_warns_of_bad_objects(lab: LabFactory, tmp_path: Path) -> None:

@@ -171,9 +171,13 @@ def test_a_silent_pod_on_a_bridge_is_found_before_ready(lab: LabFactory, agent: 
 
 def test_without_br_netfilter_it_is_not_ready(lab: LabFactory, agent: AgentFactory) -> None:
     one = lab(["x/a", "x/b"], Topology(wire=Wire.BRIDGE, br_netfilter=False))
-    daemon = agent(one, deny(one, "x/a"), wait=False)
+    daemon = agent(one, deny(one, "x/a"), options=["--verify-seconds", "0.3"], wait=False)
     until(lambda: "not ready" in daemon.text(), 15, "it has looked at the bridge")
     done = daemon.podgate("status", "--wait-ready", "0.3", check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "sysctl -w net.bridge.bridge-nf-call-iptables=1" in done.stderr
+    for tool in ("iptables", "ip6tables"):
+        one.sysctl("node", f"bridge/bridge-nf-call-{tool}", "1")
+    daemon.wait_ready()
+    assert not connect(one, "x/b", "x/a", timeout=0.4).reached
