@@ -144,11 +144,19 @@ class Store:
     async def wait_change(self) -> None:
         """Returns when something changed since the last `snapshot`, coalesced."""
         await self._changed.wait()
-        while True:
-            wait = min(self._last + self._quiet, self._first + self._limit) - self._clock()
-            if wait <= 0:
-                return
+        while (wait := self._unsettled()) > 0:
             await self._sleep(wait)
+
+    @property
+    def settled(self) -> bool:
+        """Whether `snapshot` would show whole changes: none is under way, or it has had its time.
+
+        For whoever wakes up for another reason than `wait_change`.
+        """
+        return not self._changed.is_set() or self._unsettled() <= 0
+
+    def _unsettled(self) -> float:
+        return min(self._last + self._quiet, self._first + self._limit) - self._clock()
 
     def _note_change(self) -> None:
         self._last = self._clock()

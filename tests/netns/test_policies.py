@@ -14,6 +14,7 @@ from conftest import AgentFactory, LabFactory
 from objects import Object, allow, anywhere, deny, pod, policy, rule, select, until
 from packets import FAMILIES, af, check
 
+from dataplane.lab import netns
 from dataplane.lab.topology import Topology, Wire
 
 pytestmark = pytest.mark.netns
@@ -354,7 +355,10 @@ def test_slices_are_joined_by_their_policy(lab: LabFactory, agent: AgentFactory)
     check(one, ("x/b", "x/a", ports, ".."), ("y/c", "x/a", ports, ".."))
 
 
-def test_a_change_over_two_slices_never_shows_half_of_it(lab: LabFactory, agent: AgentFactory) -> None:
+@pytest.mark.parametrize("links_change", [False, True], ids=["links-rest", "links-change"])
+def test_a_change_over_two_slices_never_shows_half_of_it(
+    lab: LabFactory, agent: AgentFactory, links_change: bool
+) -> None:
     one = lab(["x/a", "x/b"])
     tcp = allow(one, "x/b", ports=["80/TCP", "80/UDP"])
 
@@ -398,9 +402,18 @@ def test_a_change_over_two_slices_never_shows_half_of_it(lab: LabFactory, agent:
                 with contextlib.suppress(TimeoutError):
                     answered += bool(sock.recv(100))
 
+    def change_links_all_the_time() -> None:
+        # Each wakes the agent, which must not take up half a change then.
+        while not stop.wait(0.003):
+            for word in ("add", "del"):
+                netns.ip([f"addr {word} 192.0.2.250/32 dev lo"], netns=one.node)
+
     turn_to(0)
-    thread = threading.Thread(target=ask_all_the_time)
-    thread.start()
+    threads = [threading.Thread(target=ask_all_the_time)]
+    if links_change:
+        threads.append(threading.Thread(target=change_links_all_the_time))
+    for thread in threads:
+        thread.start()
     counted = 0
     try:
         for turn in range(1, 11):
@@ -411,7 +424,8 @@ def test_a_change_over_two_slices_never_shows_half_of_it(lab: LabFactory, agent:
             assert denials() == before, f"turn {turn} showed half of it"
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
     assert counted >= 3
     assert answered > 20
     check(one, ("x/b", "x/a", "80/TCP 81/TCP", ".X"))

@@ -256,6 +256,26 @@ def test_changes_that_keep_coming_are_not_awaited_for_ever() -> None:
     assert clock.now == pytest.approx(100.2, abs=0.03)
 
 
+def test_settled_tells_whether_a_change_is_under_way() -> None:
+    clock = Clock()
+    store = Store(quiet=0.02, limit=0.05, clock=clock, sleep=clock.sleep)
+    assert store.settled
+    store.replace("a", [policy("a")], [])
+    assert not store.settled
+    clock.now += 0.019
+    store.replace("b", [policy("b")], [])
+    clock.now += 0.019
+    assert not store.settled  # the second one began a quiet time of its own
+    clock.now += 0.002
+    assert store.settled
+    store.replace("a", [policy("a", 2)], [])
+    clock.now += 0.011
+    assert store.settled  # not for ever: the first of them is 0.05 s old
+    store.replace("c", [policy("c")], [])
+    store.snapshot()
+    assert store.settled
+
+
 def test_wait_does_not_return_without_a_change() -> None:
     store = Store(quiet=0.0)
     store.replace("a", [policy("a")], [about(policy("a"))])
