@@ -5,7 +5,6 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: run test setup lint types unit bench micro wheel clean help
 
@@ -19,8 +18,8 @@ setup:
 run: setup
 	@$(BIN)/podgate lab demo
 
-test: setup lint types
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+test:
+	@.ci/run
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
