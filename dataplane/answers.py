@@ -121,7 +121,8 @@ class Answers:
         """Live flows from conntrack that touch a pod of this node, with their verdict now."""
         table, names = self._table(), self._names()
         rows = []
-        for flow in await asyncio.to_thread(conntrack.flows, self.enforcement.config.marks):
+        marks = self.enforcement.config.marks
+        for flow in await asyncio.to_thread(lambda: conntrack.flows(marks, unjudged=True)):
             # The originator before, the responder after translation: what pods' interfaces see.
             src, sport, dst, dport = flow.src, flow.sport, flow.reply_src, flow.reply_sport
             if src not in names and dst not in names:

@@ -54,7 +54,7 @@ class Swept:
 
 @dataclass(frozen=True, slots=True)
 class LiveFlow:
-    """A flow some end of which was judged; its packets pass without a queue.
+    """A flow of the kernel's conntrack table; an end that was judged passes without a queue.
 
     `src`, `sport`, `dst`, `dport` are the originator's packets before translation, `reply_…` the
     packets that answer them: (`src`, `sport`) to (`reply_src`, `reply_sport`) is what a pod's
@@ -105,9 +105,10 @@ def clear_all(marks: MarkLayout) -> Swept:
     return Swept(*_conntrack.sweep(None, marks.egress, marks.ingress, None))
 
 
-def flows(marks: MarkLayout) -> list[LiveFlow]:
-    """Every flow that carries one of our bits."""
-    return [_live(entry, marks) for entry in _conntrack.dump(marks.egress, marks.ingress)]
+def flows(marks: MarkLayout, *, unjudged: bool = False) -> list[LiveFlow]:
+    """Every flow that carries one of our bits; with `unjudged`, those without too."""
+    wanted = (0, 0) if unjudged else (marks.egress, marks.ingress)
+    return [_live(entry, marks) for entry in _conntrack.dump(*wanted)]
 
 
 def _live(entry: _conntrack._Entry, marks: MarkLayout) -> LiveFlow:

@@ -684,7 +684,10 @@ cdef pack_address(uint8_t family, const addr_t *address):
 
 
 def dump(unsigned int egress, unsigned int ingress):
-    """The flows that carry one of the bits, each once, as tuples; see dataplane.node.conntrack."""
+    """The flows that carry one of the bits (without bits: every flow), each once, as tuples.
+
+    See dataplane.node.conntrack.
+    """
     cdef _Session session = _Session()
     cdef int status
     session.open()
@@ -692,7 +695,7 @@ def dump(unsigned int egress, unsigned int ingress):
         found = {}
         interrupted = False
         passes = [(ingress, egress | ingress), (egress, egress)]
-        if has_few_flows():
+        if not egress | ingress or has_few_flows():
             passes = [(0, 0)]
         for mark, mask in passes:
             status = request(&session.s, mark, mask)
