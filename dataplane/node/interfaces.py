@@ -175,7 +175,8 @@ def locate(
 ) -> Placement | None:
     """The interface of a pod, or None while it has none here. `others`: links named for other pods.
 
-    By name, then by host route in any table, then through a bridge's neighbour and forwarding tables.
+    By name, then by host route in any table, then through a bridge's neighbour and forwarding tables;
+    last, where pods are wired by hand, the one veth whose own subnet holds the address.
     Name and route may disagree: the veth of a former pod of the same name can outlive it. Then a link
     that a route of the pod leads to wins over one without, and the newest (highest ifindex) among equals.
     """
@@ -194,7 +195,7 @@ def locate(
         else:
             best = max(candidates)
         return _placement(pod, addresses, state, best)
-    return _locate_on_bridge(addresses, state)
+    return _locate_on_bridge(addresses, state) or _locate_on_subnet(addresses, state, others)
 
 
 def _may_be_pod(state: LinkState, ifindex: int) -> bool:
@@ -248,6 +249,25 @@ def _locate_on_bridge(addresses: Iterable[bytes], state: LinkState) -> Placement
             if port is not None and _may_be_pod(state, port):
                 return Placement(port, state.links[port].name, Kind.BRIDGED, bridge.name, bridge.ifindex)
     return None
+
+
+def _locate_on_subnet(
+    addresses: Collection[bytes], state: LinkState, others: Collection[int]
+) -> Placement | None:
+    lengths: dict[int, int] = {}
+    for local in state.addresses:
+        link = state.links.get(local.ifindex)
+        if link is None or link.master or link.ifindex in others or not _may_be_pod(state, link.ifindex):
+            continue
+        network = _network_of(local)
+        if local.address not in _LINK_LOCAL_V6 and any(
+            address in network and address != local.address for address in addresses
+        ):
+            lengths[link.ifindex] = max(local.length, lengths.get(link.ifindex, 0))
+    nearest = [index for index, length in lengths.items() if length == max(lengths.values())]
+    if len(nearest) != 1:
+        return None
+    return Placement(nearest[0], state.links[nearest[0]].name, Kind.ROUTED)
 
 
 def lookalikes(state: LinkState, veth_prefix: str) -> frozenset[str]:

@@ -285,3 +285,27 @@ def test_what_keeps_policy_from_working_is_told_with_a_remedy() -> None:
     off = problems(picture, [place], lambda name: "0\n" if name.endswith("ip6tables") else "1\n")
     assert len(off) == 1
     assert "net.bridge.bridge-nf-call-ip6tables=1" in off[0]
+
+
+def local(ifindex: int, text: str) -> LocalAddress:
+    address, _, length = text.partition("/")
+    return LocalAddress(ifindex, parse_address(address), int(length))
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ([(10, "10.0.1.1/24")], (10, "routed")),
+        ([(10, "10.0.1.1/24"), (11, "10.0.0.1/16")], (10, "routed")),  # the nearer subnet
+        ([(10, "10.0.1.1/24"), (11, "10.0.1.2/24")], None),  # nobody can say which
+        ([(10, "10.0.2.1/24")], None),
+        ([(2, "10.0.1.1/24")], None),  # the uplink's subnet is not a pod's
+        ([(10, "10.0.1.5/24")], None),  # the node's own address
+    ],
+)
+def test_a_veth_wired_by_hand_is_found_by_its_subnet(
+    addresses: list[tuple[int, str]], expected: tuple[int, str] | None
+) -> None:
+    links = (veth(10, "vetha"), veth(11, "vethb"))
+    locals_ = frozenset(local(index, text) for index, text in addresses)
+    assert found(state(*links, addresses=locals_)) == expected
