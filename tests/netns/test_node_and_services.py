@@ -238,7 +238,7 @@ def test_marks_of_others_survive(lab: LabFactory, agent: AgentFactory, backend: 
         # Our bit goes with the permission; theirs stays.
         running.write(deny(one, "x/a"))
         until(lambda: marks() == [0x80], what="only their bit is left")
-        assert running.ask("flows") == []
+        assert {row["verdict"] for row in running.ask("flows")} <= {"deny"}
 
 
 @pytest.fixture
