@@ -221,6 +221,10 @@ class Enforcement:
         plan, old = self._plan(), self.in_force
         # New objects always make a new generation, so that whoever wrote them can wait for it.
         if plan == old and not news and self.refused is None:
+            # A pod whose link has lost its group is open, and the link's event may be what woke us.
+            changed = await self.in_kernel_thread(self.steering.keep_groups)
+            if changed:
+                self.log.error("others changed our device groups; put back", links=" ".join(changed))
             return
         try:
             table = self._publish(plan)

@@ -47,13 +47,17 @@ class Kind(enum.StrEnum):
 
 
 class Link(NamedTuple):
-    """A link; `kind` as rtnetlink names it (veth, bridge, dummy …), `master` an ifindex or 0."""
+    """A link; `kind` as rtnetlink names it (veth, bridge, dummy …), `master` an ifindex or 0.
+
+    `group`: its device group, all 32 bits of it; here so that a change of it is noticed at once.
+    """
 
     ifindex: int
     name: str
     kind: str = ""
     master: int = 0
     up: bool = True
+    group: int = 0
 
 
 class LocalAddress(NamedTuple):
@@ -464,7 +468,7 @@ class Interfaces:
             return
         if links:
             self._links = {
-                link.ifindex: Link(link.ifindex, link.name, link.kind, link.master, link.up)
+                link.ifindex: Link(link.ifindex, link.name, link.kind, link.master, link.up, link.group)
                 for link in self._dumps.links()
             }
             self._forget_gone()

@@ -280,9 +280,19 @@ class Steering:
             self._ports, self._options = ports, options
             self._write_rules({family: tool.read() for family, tool in self._tools.items()})
         self._groups = group_bits(pods)
-        self._write_groups()
+        self.keep_groups()
         ipset.restore(removals)
         self._sets = wanted
+
+    def keep_groups(self) -> list[str]:
+        """Put the device groups right that somebody changed since `apply`; names those links."""
+        if self._groups is None:
+            return []
+        with RouteSocket() as route:
+            wrong = _wrong_groups(route, self._groups)
+            for link, bits in wrong:
+                _set_group(route, link, bits)
+        return [link.name for link, _ in wrong]
 
     def verify(self, *, repair: bool = False) -> list[str]:
         """What others changed of ours, one line each. With `repair`, put it right."""
@@ -309,7 +319,7 @@ class Steering:
             adds, removals = ipset.change(wanted_sets, self._present_sets())
             ipset.restore(adds)
             self._write_rules(saved)
-            self._write_groups()
+            self.keep_groups()
             ipset.restore(removals)
             self._sets = wanted_sets
         return found
@@ -398,13 +408,6 @@ class Steering:
             return []
         with RouteSocket() as route:
             return _wrong_groups(route, self._groups)
-
-    def _write_groups(self) -> None:
-        if self._groups is None:
-            return
-        with RouteSocket() as route:
-            for link, bits in _wrong_groups(route, self._groups):
-                _set_group(route, link, bits)
 
 
 def _wrong_groups(route: RouteSocket, wanted: Mapping[int, int]) -> list[tuple[LinkMessage, int]]:

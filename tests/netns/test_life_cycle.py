@@ -394,7 +394,6 @@ def test_what_others_change_is_put_back(lab: LabFactory, agent: AgentFactory, va
         "chain PODGATE-FORWARD was changed": f"{tool} -t mangle -F PODGATE-FORWARD",
         "chain PODGATE-QUEUE was changed": f"{tool} -t mangle -I PODGATE-QUEUE -j ACCEPT",
         "podgate-spoof-4 was changed": "ipset flush podgate-spoof-4",
-        "device group": f"ip link set {device} group 0",
     }
     for sign, command in disturbances.items():
         logged = daemon.text().count("others changed our rules")
@@ -413,6 +412,19 @@ def test_what_others_change_is_put_back(lab: LabFactory, agent: AgentFactory, va
     until(lambda: words(one.run("node", f"{tool}-save").stdout) == words(wanted), what="all is as it was")
     assert one.run("node", "ip", "-j", "link", "show", "dev", device).stdout == group
     assert daemon.status()["ready"]
+
+
+def test_a_device_group_is_put_back_at_once(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    daemon = agent(one, deny(one, "x/a", directions="ingress"), options=["--verify-seconds", "600"])
+    device = one.pod("x/a").device
+    before = one.run("node", "ip", "-j", "link", "show", "dev", device).stdout
+    one.run("node", "ip", "link", "set", device, "group", "7")
+    until(lambda: "others changed our device groups" in daemon.text())
+    assert not connect(one, "x/b", "x/a", timeout=0.3).reached
+    one.run("node", "ip", "link", "set", device, "group", "0")
+    until(lambda: one.run("node", "ip", "-j", "link", "show", "dev", device).stdout == before)
+    assert not connect(one, "x/b", "x/a", timeout=0.3).reached
 
 
 def test_a_destroyed_set_is_made_again(lab: LabFactory, agent: AgentFactory) -> None:
