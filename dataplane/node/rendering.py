@@ -207,8 +207,9 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
     # What comes with our bits set did not get them from a verdict.
     clean = f"-m mark ! --mark {_hex(0, marks.mask)} -j MARK --set-xmark {_hex(0, marks.mask)}"
     service = f"-m set ! --match-set {set_name('service', family)} dst -j RETURN"
+    expected = _expected(options, family)
     forward: list[str] = []
-    entry = [clean, service]
+    entry = [clean, service, *expected]
     chains: dict[str, Rules] = {"PODGATE-QUEUE": _queue(options), "PODGATE-POSTROUTING": _save(options)}
     if options.strict:
         inward = [f"-i {name}+ -j PODGATE-UNKNOWN-IN" for name in _pod_names(options)]
@@ -217,8 +218,10 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
         chains |= _unknown(options)
     if options.offload:
         # Both ends judged: no rule below can queue it, and most packets of a busy node are such.
-        forward.append(f"-m connmark --mark {_hex(marks.saved, marks.saved)} -j RETURN")
-    forward.append(clean)
+        forward.append(
+            f"-m connmark --mark {_hex(marks.saved, marks.saved)} -m conntrack ! --ctstate RELATED -j RETURN"
+        )
+    forward += [clean, *expected]
     if ports:
         forward.append("-j PODGATE-BRIDGE")
         entry += _bridge_from(ports, family, GROUP_EGRESS)
@@ -230,6 +233,19 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
         chains,
         {"FORWARD": "PODGATE-FORWARD", "INPUT": "PODGATE-INPUT", "POSTROUTING": "PODGATE-POSTROUTING"},
     )
+
+
+def _expected(options: Options, family: int) -> Rules:
+    """A connection that a conntrack helper expects (FTP data …) begins with the mark of the one that
+    announced it, our bits included (nf_conntrack_core.c, init_conntrack): nobody has judged it yet.
+
+    An ICMP error is RELATED too, but its connection is the one it quotes.
+    """
+    if not options.offload:
+        return ()
+    icmp = "icmp" if family == 4 else "ipv6-icmp"
+    wipe = f"-j CONNMARK --set-xmark {_hex(0, options.marks.saved)}"
+    return (f"! -p {icmp} -m conntrack --ctstate RELATED {wipe}",)
 
 
 def _queue(options: Options) -> Rules:
