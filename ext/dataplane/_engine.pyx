@@ -151,8 +151,12 @@ cdef inline void judge_ends(const table_t *table, const flow_t *flow, verdict_t 
         deny(out, ingress, DIR_INGRESS)
         return
     out.allow = 1
-    out.bits = ((BIT_EGRESS if egress == R_POLICY_RULE else 0)
-                | (BIT_INGRESS if ingress == R_POLICY_RULE else 0))
+    # A sweep of live flows finds their pods by address. What a pod routes for others carries none of
+    # its own: no bit, so that such a flow meets the rules in force with every packet.
+    if egress == R_POLICY_RULE and table_pod_has_address(table, out.egress_pod, flow.family, &flow.src):
+        out.bits |= BIT_EGRESS
+    if ingress == R_POLICY_RULE and table_pod_has_address(table, out.ingress_pod, flow.family, &flow.dst):
+        out.bits |= BIT_INGRESS
     if egress == R_POLICY_RULE or (egress == R_NOT_ISOLATED and ingress != R_POLICY_RULE):
         out.reason = egress
         out.direction = DIR_EGRESS

@@ -442,10 +442,10 @@ ROWS = [
         (R.SPOOFED, R.NONE),
     ),
     Row(
-        "a pod that routes may send for others",
+        "a pod that routes may send for others, unoffloaded",
         tcp("203.0.113.5", "192.0.2.9"),
         (ROUTER, UPLINK),
-        (True, R.POLICY_RULE, EGRESS, E),
+        (True, R.POLICY_RULE, EGRESS, 0),
         (R.POLICY_RULE, R.NOT_A_POD),
     ),
     # ---- a pod to itself
