@@ -29,6 +29,12 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from dataplane._engine cimport judge_flow, verdict_t
+from dataplane._netlink cimport (
+    AF_NETLINK, connect, get_u16, get_u32, htonl, MSG_DONTWAIT, NETLINK_CAP_ACK, NETLINK_NETFILTER,
+    NETLINK_NO_ENOBUFS, NFGEN_HEADER, NFNETLINK_V0, NLA_TYPE_BITS, NLM_F_REQUEST, NLMSG_ERROR,
+    NLMSG_HEADER, nlmsghdr_t, ntohl, ntohs, send, setsockopt, SO_RCVBUFFORCE, SOCK_CLOEXEC, SOCK_RAW,
+    sockaddr, sockaddr_nl_t, socket, SOL_NETLINK, SOL_SOCKET,
+)
 from dataplane._packet cimport addr_t, flow_t
 from dataplane._rules cimport RuleTable, table_t
 
@@ -36,60 +42,24 @@ from dataplane.errors import KernelError
 
 cdef extern from *:
     """
-    #define _GNU_SOURCE 1
-    #include <arpa/inet.h>
     #include <endian.h>
-    #include <string.h>
-    #include <sys/socket.h>
-    #include <linux/netlink.h>
-    #include <linux/netfilter/nfnetlink.h>
     #include <linux/netfilter/nfnetlink_conntrack.h>
 
     #ifndef NLM_F_DUMP_INTR
     #define NLM_F_DUMP_INTR 16
     #endif
-    #ifndef NETLINK_CAP_ACK
-    #define NETLINK_CAP_ACK 10
-    #endif
 
-    static inline unsigned int get_u32(const void *at) { unsigned int v; memcpy(&v, at, 4); return v; }
-    static inline unsigned short get_u16(const void *at) { unsigned short v; memcpy(&v, at, 2); return v; }
     static inline unsigned long long get_be64(const void *at) {
         unsigned long long v; memcpy(&v, at, 8); return be64toh(v);
     }
     """
-    uint32_t get_u32(const void *at) noexcept nogil
-    uint16_t get_u16(const void *at) noexcept nogil
     uint64_t get_be64(const void *at) noexcept nogil
 
-    struct nlmsghdr_t "nlmsghdr":
-        uint32_t nlmsg_len
-        uint16_t nlmsg_type
-        uint16_t nlmsg_flags
-        uint32_t nlmsg_seq
-        uint32_t nlmsg_pid
-
-    struct sockaddr:
-        pass
-    struct sockaddr_nl_t "sockaddr_nl":
-        uint16_t nl_family
-        uint32_t nl_pid
-        uint32_t nl_groups
-
-    uint32_t ntohl(uint32_t value) noexcept nogil
-    uint32_t htonl(uint32_t value) noexcept nogil
-    uint16_t ntohs(uint16_t value) noexcept nogil
-    int socket(int domain, int type, int protocol) noexcept nogil
-    int connect(int fd, const sockaddr *address, unsigned int length) noexcept nogil
-    int setsockopt(int fd, int level, int name, const void *value, unsigned int length) noexcept nogil
-    ssize_t send(int fd, const void *data, size_t length, int flags) noexcept nogil
     ssize_t recv(int fd, void *data, size_t length, int flags) noexcept nogil
 
     enum:
-        AF_NETLINK, SOCK_RAW, SOCK_CLOEXEC, SOL_SOCKET, SO_RCVBUFFORCE, MSG_DONTWAIT
-        SOL_NETLINK, NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NETLINK_CAP_ACK
-        NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN
-        NFNL_SUBSYS_CTNETLINK, NFNETLINK_V0, IPCTNL_MSG_CT_NEW, IPCTNL_MSG_CT_GET
+        NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_OVERRUN
+        NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW, IPCTNL_MSG_CT_GET
         CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_STATUS, CTA_PROTOINFO, CTA_TIMEOUT, CTA_MARK
         CTA_COUNTERS_ORIG, CTA_COUNTERS_REPLY, CTA_ZONE, CTA_MARK_MASK
         CTA_TUPLE_IP, CTA_TUPLE_PROTO
@@ -100,9 +70,6 @@ cdef extern from *:
         CTA_COUNTERS_PACKETS, CTA_COUNTERS_BYTES
 
 cdef enum:
-    NLMSG_HEADER = 16
-    NFGEN_HEADER = 4
-    NLA_TYPE_BITS = 0x3FFF
     NLA_NESTED = 0x8000
     READ_SIZE = 65536             # a dump fills at most 32 KiB per recv
     WRITE_SIZE = 32768            # several hundred updates per send

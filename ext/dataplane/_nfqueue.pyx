@@ -30,24 +30,20 @@ from dataplane._engine cimport (
     BIT_EGRESS, BIT_INGRESS, Worker, path_t, verdict_t, worker_enter, worker_judge,
     worker_leave, worker_t,
 )
+from dataplane._netlink cimport (
+    AF_NETLINK, connect, get_u16, get_u32, htonl, htons, MSG_DONTWAIT, NETLINK_CAP_ACK,
+    NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NFGEN_HEADER, NFNETLINK_V0, NLA_TYPE_BITS, NLM_F_REQUEST,
+    NLMSG_ERROR, NLMSG_HEADER, nlmsghdr_t, ntohl, send, setsockopt, SO_RCVBUFFORCE, SOCK_CLOEXEC,
+    SOCK_RAW, sockaddr, sockaddr_nl_t, socket, SOL_NETLINK, SOL_SOCKET,
+)
 
 from dataplane.errors import KernelError
 
 cdef extern from *:
     """
-    #define _GNU_SOURCE 1
-    #include <arpa/inet.h>
     #include <sched.h>
-    #include <string.h>
-    #include <sys/socket.h>
-    #include <linux/netlink.h>
     #include <linux/netfilter.h>
-    #include <linux/netfilter/nfnetlink.h>
     #include <linux/netfilter/nfnetlink_queue.h>
-
-    #ifndef NETLINK_CAP_ACK
-    #define NETLINK_CAP_ACK 10
-    #endif
 
     static inline int flag_read(int *flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
     static inline void flag_set(int *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELEASE); }
@@ -58,9 +54,6 @@ cdef extern from *:
     static inline void count_up(unsigned long long *n) {
         __atomic_store_n(n, *n + 1, __ATOMIC_RELAXED);
     }
-    /* Attributes are aligned to 4 in a buffer aligned to 8, but test faces pass any pointer. */
-    static inline unsigned int get_u32(const void *at) { unsigned int v; memcpy(&v, at, 4); return v; }
-    static inline unsigned short get_u16(const void *at) { unsigned short v; memcpy(&v, at, 2); return v; }
 
     #pragma pack(push, 1)
     struct verdict_message {           /* what sendto carries, once per packet or run */
@@ -77,15 +70,7 @@ cdef extern from *:
     void flag_set(int *flag) noexcept nogil
     unsigned long long count_read(unsigned long long *n) noexcept nogil
     void count_up(unsigned long long *n) noexcept nogil
-    uint32_t get_u32(const void *at) noexcept nogil
-    uint16_t get_u16(const void *at) noexcept nogil
 
-    struct nlmsghdr_t "nlmsghdr":
-        uint32_t nlmsg_len
-        uint16_t nlmsg_type
-        uint16_t nlmsg_flags
-        uint32_t nlmsg_seq
-        uint32_t nlmsg_pid
     struct nfgenmsg_t "nfgenmsg":
         uint8_t nfgen_family
         uint8_t version
@@ -101,12 +86,6 @@ cdef extern from *:
         uint16_t mark_type
         uint32_t mark
 
-    struct sockaddr:
-        pass
-    struct sockaddr_nl_t "sockaddr_nl":
-        uint16_t nl_family
-        uint32_t nl_pid
-        uint32_t nl_groups
     struct iovec:
         void *iov_base
         size_t iov_len
@@ -117,25 +96,13 @@ cdef extern from *:
         msghdr msg_hdr
         unsigned int msg_len
 
-    uint32_t ntohl(uint32_t value) noexcept nogil
-    uint32_t htonl(uint32_t value) noexcept nogil
-    uint16_t ntohs(uint16_t value) noexcept nogil
-    uint16_t htons(uint16_t value) noexcept nogil
     int sched_yield() noexcept nogil
-    int socket(int domain, int type, int protocol) noexcept nogil
-    int connect(int fd, const sockaddr *address, unsigned int length) noexcept nogil
-    int setsockopt(int fd, int level, int name, const void *value, unsigned int length) noexcept nogil
     int getsockopt(int fd, int level, int name, void *value, unsigned int *length) noexcept nogil
     int getsockname(int fd, sockaddr *address, unsigned int *length) noexcept nogil
     int recvmmsg(int fd, mmsghdr *messages, unsigned int n, int flags, void *timeout) noexcept nogil
-    ssize_t send(int fd, const void *data, size_t length, int flags) noexcept nogil
 
     enum:
-        AF_NETLINK, SOCK_RAW, SOCK_CLOEXEC, SOL_SOCKET, SO_RCVBUFFORCE, SO_RCVBUF
-        MSG_WAITFORONE, MSG_DONTWAIT
-        SOL_NETLINK, NETLINK_NETFILTER, NETLINK_NO_ENOBUFS, NETLINK_CAP_ACK
-        NLM_F_REQUEST, NLM_F_ACK, NLMSG_NOOP, NLMSG_ERROR, NLMSG_MIN_TYPE
-        NFNL_SUBSYS_QUEUE, NFNETLINK_V0
+        SO_RCVBUF, MSG_WAITFORONE, NLM_F_ACK, NLMSG_NOOP, NLMSG_MIN_TYPE, NFNL_SUBSYS_QUEUE
         NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT, NFQNL_MSG_CONFIG, NFQNL_MSG_VERDICT_BATCH
         NFQA_PACKET_HDR, NFQA_VERDICT_HDR, NFQA_MARK, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV
         NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_PAYLOAD, NFQA_CAP_LEN
@@ -154,9 +121,6 @@ cdef enum:
     # What one queued packet takes of the socket's buffer (skb->truesize of the message, 832 to
     # 1,280 bytes on 6.18), with room for longer attributes.
     SOCKET_BYTES = 2048
-    NLA_TYPE_BITS = 0x3FFF            # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
-    NLMSG_HEADER = 16
-    NFGEN_HEADER = 4
     STOP_SEQ = 0x7FFFFFFF
     DRAIN_ROUNDS = 64
 
