@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,10 +160,13 @@ def _deaf() -> None:
 
 def _examples(which: str) -> Path:
     own = Path(__file__).resolve().parents[2] / "deploy/examples" / which
-    installed = Path(sys.prefix) / "share/podgate/examples" / which
-    for path in (own, installed):
-        if path.is_dir():
-            return path
+    if own.is_dir():
+        return own
+    # Not below sys.prefix: `pip install --user` and Debian's pip put data elsewhere.
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("podgate") or ():
+            if file.parent.match(f"share/podgate/examples/{which}"):
+                return Path(os.path.normpath(str(file.locate()))).parent
     raise InputError(f"the files of the demo are not there: {own}; run it from a checkout of podgate")
 
 
