@@ -22,6 +22,9 @@ Query = Mapping[str, str]
 Answer = Callable[[Query], Awaitable[Any]]
 Stream = Callable[[Query], AsyncIterator[Any]]
 
+# A reader of a stream never finishes by itself, and must not keep the agent from ending.
+SHUTDOWN_SECONDS = 0.5
+
 
 def _someone_listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -85,7 +88,9 @@ class ControlServer:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)
-            self._runner = web.AppRunner(self._app, access_log=None, handler_cancellation=True)
+            self._runner = web.AppRunner(
+                self._app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS
+            )
             await self._runner.setup()
             await web.UnixSite(self._runner, str(self._path)).start()
             self._path.chmod(0o600)

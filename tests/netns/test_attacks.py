@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import pytest
 import yaml
 from conftest import AgentFactory, LabFactory
-from objects import anywhere, pod_object, policy, select
+from objects import anywhere, deny, pod_object, policy, select
 from traffic import arrives, passes, udp
 
 from dataplane.plan import ANNOTATION_SPOOF_CHECK
@@ -72,3 +73,19 @@ def test_a_flow_that_a_helper_expects_is_judged(lab: LabFactory, agent: AgentFac
     back.settimeout(1)
     with pytest.raises(OSError):
         back.connect((one.address("x/a"), 9000))
+
+
+def test_readers_do_not_keep_the_agent_from_ending(lab: LabFactory, agent: AgentFactory) -> None:
+    # The kubelet kills after 30 s; a `podgate trace` left open somewhere must not bring that about.
+    one = lab(["x/a", "x/b"])
+    daemon = agent(one, deny(one, "x/a"))
+    readers = []
+    for question in (b"GET /events?capture=all HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /ev"):
+        reader = socket.socket(socket.AF_UNIX)
+        reader.connect(str(daemon.control))
+        reader.sendall(question)
+        readers.append(reader)
+    assert readers[0].recv(10)
+    began = time.monotonic()
+    assert daemon.terminate() == 0
+    assert time.monotonic() - began < 10
