@@ -53,7 +53,7 @@ class Answers:
         for worker in now.queues.workers:
             for (_allow, _direction, reason), (packets, _bytes) in worker.counters().items():
                 counters[reason.text] += packets
-        problems = list(now.faults)
+        problems = now.all_faults
         if now.refused:
             problems.append(now.refused)
         if plan is not None:

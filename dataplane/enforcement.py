@@ -82,10 +82,15 @@ class Enforcement:
         self._kernel_thread = ThreadPoolExecutor(1, "podgate-kernel")
 
     @property
+    def all_faults(self) -> list[str]:
+        """What is wrong with our own rules and threads, or known not to be kept out by them."""
+        return [*self.faults, *([self.steering.unguarded] if self.steering.unguarded else [])]
+
+    @property
     def ready(self) -> bool:
         """Whether everything known is in force and nothing is in the way of judging packets."""
         plan = self.in_force
-        return plan is not None and not plan.problems and self.refused is None and not self.faults
+        return plan is not None and not plan.problems and self.refused is None and not self.all_faults
 
     async def in_kernel_thread(self, call: Callable[[], _T]) -> _T:
         """The result of a blocking call, made in turn with all others that touch the kernel's rules."""

@@ -19,7 +19,7 @@ from dataplane.addresses import Prefix, family_of, format_address, parse_address
 from dataplane.config import AgentConfig, Fail, IptablesVariant, MarkLayout, Mode
 from dataplane.errors import KernelError
 from dataplane.model import Key
-from dataplane.node import ipset, iptables
+from dataplane.node import ipset, iptables, tagged_frames
 from dataplane.node.interfaces import Kind, Placement
 from dataplane.node.ipset import SetSpec
 from dataplane.node.iptables import SavedTable, Tool
@@ -210,6 +210,8 @@ class Steering:
             veth_prefix=config.veth_prefix,
         )
         self._ports: tuple[Port, ...] = ()
+        self._untagged: frozenset[str] | None = None  # ports whose tagged frames are dropped; None: not yet
+        self.unguarded: str | None = None  # why tagged frames get past the rules
         self._unwritten = True  # the rules in the kernel may be others than _rules()
         self._sets: dict[str, set[str]] | None = None  # as last applied; None: not yet
         self._groups: dict[int, int] | None = None  # None: whatever an earlier run left, until apply()
@@ -283,6 +285,16 @@ class Steering:
         self.keep_groups()
         ipset.restore(removals)
         self._sets = wanted
+        untagged = frozenset(port.name for port in ports)
+        if untagged != self._untagged:
+            self._drop_tagged_frames(untagged)
+
+    def _drop_tagged_frames(self, ports: frozenset[str]) -> None:
+        try:
+            tagged_frames.put(self.variant, ports)
+            self._untagged, self.unguarded = ports, None
+        except KernelError as error:  # all other traffic is judged all the same
+            self._untagged, self.unguarded = None, str(error)
 
     def keep_groups(self) -> list[str]:
         """Put the device groups right that somebody changed since `apply`; names those links."""
@@ -314,7 +326,10 @@ class Steering:
             f"{link.name}: our bits of its device group are {link.group & GROUP_MASK:#x}, not {bits:#x}"
             for link, bits in self._wrong_groups()
         ]
+        if self._untagged is not None:
+            found += tagged_frames.differences(self.variant, self._untagged)
         if found and repair:
+            self._drop_tagged_frames(frozenset(port.name for port in self._ports))
             self._make_sets()
             adds, removals = ipset.change(wanted_sets, self._present_sets())
             ipset.restore(adds)
@@ -334,7 +349,7 @@ class Steering:
 
     def remove(self) -> list[str]:
         """Take everything of ours out of this network namespace; says what that was, one line each."""
-        self._sets, self._ports, self._groups = None, (), None
+        self._sets, self._ports, self._groups, self._untagged = None, (), None, None
         return remove_everything()
 
     def _options_for(self, not_pods: Iterable[str]) -> Options:
@@ -472,7 +487,7 @@ def remove_everything() -> list[str]:
     Packets that wait in a queue stay there, unless no other rule needs conntrack: it then leaves the
     namespace, and the kernel drops every queued packet when hooks are taken away.
     """
-    removed = _remove_rules(VARIANTS)
+    removed = _remove_rules(VARIANTS) + tagged_frames.remove()
     with RouteSocket() as route:
         for link, bits in _wrong_groups(route, {}):
             _set_group(route, link, bits)

@@ -2,19 +2,82 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import struct
 import time
 
 import pytest
 import yaml
 from conftest import AgentFactory, LabFactory
 from objects import anywhere, deny, pod_object, policy, select
-from traffic import arrives, passes, udp
+from traffic import arrives, passes, received, udp
 
+from dataplane.lab.topology import Topology, Wire
 from dataplane.plan import ANNOTATION_SPOOF_CHECK
 
 pytestmark = pytest.mark.netns
+# 802.1Q and 802.1ad tags of VLAN 0, alone and one in the other.
+TAGS = ("81000000", "88a80000", "8100000081000000", "88a8000081000000")
 BEHIND = {4: "172.30.0.5", 6: "fd30::5"}  # an address that a pod routes for
+
+
+def datagram(source: str, target: str, sport: int, dport: int, data: bytes) -> bytes:
+    """IPv4 with UDP, without a UDP checksum (RFC 768)."""
+    body = struct.pack("!HHHH", sport, dport, 8 + len(data), 0) + data
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, 17, 0)
+    head += socket.inet_aton(source) + socket.inet_aton(target)
+    total = sum(struct.unpack("!10H", head))
+    total = (total & 0xFFFF) + (total >> 16)
+    total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    return head[:10] + struct.pack("!H", total) + head[12:] + body
+
+
+def tagged(to: str, source: str, tags: str, packet: bytes) -> bytes:
+    """An Ethernet frame whose IPv4 packet hides behind VLAN tags, given in hex."""
+    return bytes.fromhex(f"{to}{source}".replace(":", "") + tags + "0800") + packet
+
+
+@pytest.mark.parametrize("tags", TAGS)
+def test_tags_do_not_hide_a_packet_from_the_ingress_rules(
+    lab: LabFactory, agent: AgentFactory, tags: str
+) -> None:
+    # br_netfilter shows tagged frames to nobody, while the receiving pod takes VLAN 0 for none at
+    # all (IEEE 802.1Q: a priority tag), twice over (net/core/dev.c, check_vlan_id).
+    one = lab(["x/a", "x/b"], Topology(wire=Wire.BRIDGE))
+    a, b = one.pod("x/a"), one.pod("x/b")
+    target = udp(one, "x/a", 9000)
+    packet = datagram(one.address("x/b"), one.address("x/a"), 5000, 9000, b"tagged")
+    raw = one.make_socket("x/b", socket.AF_PACKET, socket.SOCK_RAW)
+    raw.bind(("eth0", 0))
+    raw.send(tagged(a.mac, b.mac, tags, packet))
+    assert received(target, 1.0, 1) == [b"tagged"], "pods understand it"
+    daemon = agent(one, deny(one, "x/a"))
+    assert daemon.status()["problems"] == []
+    for _ in range(3):
+        raw.send(tagged(a.mac, b.mac, tags, packet))
+    assert received(target) == []
+
+
+@pytest.mark.parametrize("tags", TAGS)
+def test_tags_do_not_hide_a_packet_from_the_egress_rules(
+    lab: LabFactory, agent: AgentFactory, tags: str
+) -> None:
+    # To the bridge itself, which routes it: nothing tells the IP hooks which port it came from, so
+    # that a source that is nobody's would make it nobody's packet.
+    one = lab(["x/a", "x/b"], Topology(wire=Wire.BRIDGE))
+    b = one.pod("x/b")
+    (bridge,) = json.loads(one.run("node", "ip", "-j", "link", "show", "dev", "cni0").stdout)
+    target = udp(one, "outside", 9000)
+    packet = datagram("10.1.99.99", one.address("outside"), 5000, 9000, b"tagged")
+    raw = one.make_socket("x/b", socket.AF_PACKET, socket.SOCK_RAW)
+    raw.bind(("eth0", 0))
+    raw.send(tagged(bridge["address"], b.mac, tags, packet))
+    assert received(target, 1.0, 1) == [b"tagged"], "the node routes it"
+    agent(one, deny(one, "x/b"))
+    for _ in range(3):
+        raw.send(tagged(bridge["address"], b.mac, tags, packet))
+    assert received(target) == []
 
 
 @pytest.mark.parametrize("family", [4, 6])
