@@ -249,7 +249,8 @@ cdef bint sweep(build_t *b, int family) noexcept nogil:
         return False
     start.high = 0
     start.low = 0
-    qsort(edges.data, n, sizeof(edge_t), by_address)
+    if n:  # without any, data is NULL, which C does not allow here
+        qsort(edges.data, n, sizeof(edge_t), by_address)
     # Every class gets as much of the heap array as it has beginnings.
     for i in range(b.classes.n):
         c = group_at(b, <uint32_t>i)
