@@ -34,15 +34,16 @@ class Agent:
         self._stop_signal: int | None = None
 
     async def run(self) -> None:
-        """Start, enforce, and stop on SIGTERM or SIGINT.
+        """Start, enforce, and stop on SIGTERM, SIGINT or SIGHUP.
 
         The control socket comes first, since a second agent stops there, and no rule is in force
         before every source has been read once.
         """
         await self.control.start()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopped_by, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, self._stopped_by, number)
         try:
             self.source.load()
             if skipped := summary(self.source.skipped):
