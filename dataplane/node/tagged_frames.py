@@ -40,7 +40,7 @@ _CHAINS = (
 
 def differences(variant: IptablesVariant, ports: Collection[str]) -> list[str]:
     """What is not as `put` leaves it, one line each."""
-    saved = _read(variant)
+    saved = _read(variant, needed=bool(ports))
     if saved is None:
         return []
     return [
@@ -50,7 +50,7 @@ def differences(variant: IptablesVariant, ports: Collection[str]) -> list[str]:
 
 def put(variant: IptablesVariant, ports: Collection[str]) -> None:
     """Drop tagged frames from and to these ports, and of no others. KernelError says what is missing."""
-    saved = _read(variant)
+    saved = _read(variant, needed=bool(ports))
     if not ports and (saved is None or not any(chain.name in saved for chain in _CHAINS)):
         return
     if saved is None:
@@ -75,7 +75,7 @@ def remove() -> list[str]:
     """Take our chains away, whoever left them; one line for each."""
     removed = []
     for variant in (IptablesVariant.NFT, IptablesVariant.LEGACY):
-        saved = _read(variant)
+        saved = _read(variant, needed=False)
         for chain in _CHAINS if saved else ():
             if saved is None or chain.name not in saved:
                 continue
@@ -98,14 +98,23 @@ def _jumps(saved: dict[str, list[list[str]]], chain: _Chain) -> int:
     return sum(rule[-1] == chain.name for rule in saved.get(chain.entered_from, ()))
 
 
-def _read(variant: IptablesVariant) -> dict[str, list[list[str]]] | None:
-    """Rules by chain, as words; chain names of the two tables do not clash. None: not installed."""
+def _read(variant: IptablesVariant, *, needed: bool) -> dict[str, list[list[str]]] | None:
+    """Rules by chain, as words; chain names of ours do not clash. None: not installed.
+
+    Where nothing is `needed` of it, a kernel without it has none of our rules.
+    """
     program = _program(variant, "save")
     if not program or not _program(variant, "restore"):
         return None
     saved: dict[str, list[list[str]]] = {}
     table = ""
-    for words in _lines(tools.run([program])):
+    try:
+        text = tools.run([program])
+    except KernelError:
+        if needed:
+            raise
+        return None
+    for words in _lines(text):
         if words[0].startswith("*"):
             table = words[0][1:]
         elif words[0].startswith(":") and any(chain.table == table for chain in _CHAINS):

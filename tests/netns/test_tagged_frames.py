@@ -81,3 +81,16 @@ def test_without_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tagged_frames.remove() == []
     with pytest.raises(KernelError, match="apt-get install"):
         tagged_frames.put(NFT, {"veth1"})
+
+
+def test_a_kernel_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise KernelError("ebtables-save: not supported")
+
+    monkeypatch.setattr(tools, "find", lambda name: f"/sbin/{name}")
+    monkeypatch.setattr(tools, "run", refuse)
+    tagged_frames.put(NFT, ())
+    assert tagged_frames.differences(NFT, ()) == []
+    assert tagged_frames.remove() == []
+    with pytest.raises(KernelError, match="not supported"):
+        tagged_frames.put(NFT, {"veth1"})
