@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from typing import Any
 
 import yaml
@@ -309,7 +310,21 @@ def test_damaged_files(position: int, removed: int, inserted: bytes) -> None:
     read_everything(TEXT[:position] + inserted + TEXT[position + removed :])
 
 
+class GoLikeDumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.2 and kubectl take for a number, such as 0E0; YAML 1.1 does not."""
+
+
+GoLikeDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
 @settings(max_examples=300, deadline=None)
+@example("0E0")
+@example("1.e5")
+@example("09")
 @given(
     st.recursive(
         st.one_of(st.none(), st.booleans(), st.integers(-(10**18), 10**18), st.text(max_size=8)),
@@ -328,7 +343,7 @@ def test_what_is_written_is_read_back(value: object) -> None:
 
     assert list(documents(json.dumps(value).encode(), only_json=True)) == [value]
     if printable(value):
-        (found,) = documents(yaml.safe_dump(value, allow_unicode=False).encode())
+        (found,) = documents(yaml.dump(value, Dumper=GoLikeDumper, allow_unicode=False).encode())
         assert found == value
 
 
