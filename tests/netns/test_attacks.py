@@ -104,8 +104,8 @@ def test_a_flow_that_a_helper_expects_is_judged(lab: LabFactory, agent: AgentFac
     # Active FTP: the server opens the data connection. The kernel gives it the mark of the control
     # connection, our bits included.
     one = lab(["x/a", "x/b"])
-    argv = "iptables -t raw -A PREROUTING -p tcp --dport 21 -j CT --helper ftp".split()
-    if one.run("node", *argv, check=False).returncode:
+    helper = ("-t", "raw", "-A", "PREROUTING", "-p", "tcp", "--dport", "21", "-j", "CT", "--helper", "ftp")
+    if one.run("node", "iptables", *helper, check=False).returncode:
         pytest.skip("this kernel has no FTP helper (CONFIG_NF_CONNTRACK_FTP, modprobe nf_conntrack_ftp)")
     agent(
         one,
