@@ -6,11 +6,13 @@ SHELL := /bin/bash
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test setup lint types unit bench micro wheel clean help
+.PHONY: run test setup lint types unit bench micro sanitize wheel clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make bench  whole-path benchmarks with their baselines (several minutes)"
+	@echo "make sanitize  packet, rule and netlink code under address and undefined-behaviour sanitizers"
+	@echo "make wheel  the wheel, in dist/"
 
 setup:
 	@.ci/setup
@@ -34,6 +36,10 @@ bench: setup
 
 micro: setup
 	@$(BIN)/python bench/micro.py
+
+# Not part of `make test`: compiling and running under the sanitizers takes minutes.
+sanitize: setup
+	@.ci/sanitize
 
 wheel: setup
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
