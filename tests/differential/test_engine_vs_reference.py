@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,9 @@ BASES = [b"\x0a\0\0\0", b"\x0a\1\2\0", b"\xff\xff\xff\xff", bytes(4)]
 BASES += [b"\xfd" + bytes(15), b"\xfd" + bytes(6) + b"\1\xff\xff" + bytes(6), b"\xff" * 16, bytes(16)]
 PORTS = [0, 1, 79, 80, 81, 443, 1000, 65534, 65535]
 NODE = b"\xc0\xa8\0\1"
+
+# Hundreds of generated policies each: seconds on a quiet machine, minutes on one that is shared.
+pytestmark = pytest.mark.timeout(600)
 
 generous = settings(
     max_examples=500,
