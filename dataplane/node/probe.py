@@ -108,6 +108,13 @@ def _programs() -> Iterator[Check]:
         tools.find("ipset") or "not installed",
         "" if there else "apt-get install ipset",
     )
+    ebtables = tools.find("ebtables-nft-restore") or tools.find("ebtables-restore")
+    yield Check(
+        "ebtables",
+        State.OK if ebtables else State.LACKS,
+        ebtables or "not installed",
+        "" if ebtables else "only pods on a bridge need it (VLAN-tagged frames): apt-get install ebtables",
+    )
 
 
 def _ipv6() -> Check:
