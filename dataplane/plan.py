@@ -113,7 +113,7 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
         not_pods=lookalikes(state, config.veth_prefix),
         waiting=tuple(key for key in rules if key not in placements),
         policies=len({endpoint.policy for endpoint in snapshot.policy_endpoints}),
-        problems=tuple(problems(state, placements.values())),
+        problems=tuple(problems(state, placements.values(), strict=config.mode is Mode.STRICT)),
     )
 
 

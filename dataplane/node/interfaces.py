@@ -320,11 +320,16 @@ def _kind_of(state: LinkState, ifindex: int) -> str:
 
 
 def problems(
-    state: LinkState, placements: Iterable[Placement], read: Callable[[str], str | None] | None = None
+    state: LinkState,
+    placements: Iterable[Placement],
+    read: Callable[[str], str | None] | None = None,
+    *,
+    strict: bool = False,
 ) -> list[str]:
     """What keeps policy from being enforced on this node; each text says what to do.
 
-    `read` returns the content of a file below /proc/sys/net/bridge, None when it is not there.
+    `strict`: pods that nobody has named yet must be closed too. `read` returns the content of a file
+    below /proc/sys/net/bridge, None when it is not there.
     """
     read = read or _read_bridge_setting
     found = []
@@ -333,6 +338,16 @@ def problems(
             "kube-proxy runs in IPVS mode (interface kube-ipvs0): Service traffic to pods never meets the"
             " FORWARD hook and cannot be judged; set kube-proxy to iptables or nftables mode"
         )
+    if strict:
+        masters = {link.master for link in state.links.values() if link.kind == "veth"}
+        open_bridges = sorted(
+            link.name for link in state.links.values() if link.ifindex in masters and link.kind == "bridge"
+        )
+        if open_bridges:
+            found.append(
+                "strict mode cannot close pods on a bridge that are not known yet"
+                f" ({', '.join(open_bridges)}); run without --mode strict, or give pods routed interfaces"
+            )
     bridges = sorted({place.bridge for place in placements if place.kind is Kind.BRIDGED and place.bridge})
     if bridges:
         for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"):

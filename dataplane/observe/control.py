@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -24,6 +25,12 @@ Stream = Callable[[Query], AsyncIterator[Any]]
 
 # A reader of a stream never finishes by itself, and must not keep the agent from ending.
 SHUTDOWN_SECONDS = 0.5
+
+
+# aiohttp logs whatever a client gets wrong, with a traceback; the client is told, and that is enough.
+_SILENT = logging.getLogger("dataplane.control")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
 
 
 def _someone_listens(path: Path) -> bool:
@@ -89,7 +96,11 @@ class ControlServer:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)
             self._runner = web.AppRunner(
-                self._app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS
+                self._app,
+                access_log=None,
+                logger=_SILENT,
+                handler_cancellation=True,
+                shutdown_timeout=SHUTDOWN_SECONDS,
             )
             await self._runner.setup()
             await web.UnixSite(self._runner, str(self._path)).start()

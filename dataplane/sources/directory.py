@@ -308,12 +308,17 @@ class DirectorySource:
             self._skipped.update(known.skipped)
 
     def _show(self, path: str) -> str:
-        """The path as the user gave it; bytes that are no text are escaped, so that it can be printed."""
+        """The path as the user gave it; what is no text or no plain character is escaped: paths are
+        printed, and a file's name must not move the terminal's cursor."""
         for root in self._roots:
             if path == root or path.startswith(f"{root}/"):
                 path = self._shown[root].rstrip("/") + path[len(root) :] or path
                 break
-        return os.fsencode(path).decode("utf-8", "backslashreplace")
+        text = os.fsencode(path).decode("utf-8", "backslashreplace")
+        return "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode()
+            for character in text
+        )
 
     # --- watching -----------------------------------------------------------------------------------
 

@@ -309,3 +309,11 @@ def test_a_veth_wired_by_hand_is_found_by_its_subnet(
     links = (veth(10, "vetha"), veth(11, "vethb"))
     locals_ = frozenset(local(index, text) for index, text in addresses)
     assert found(state(*links, addresses=locals_)) == expected
+
+
+def test_strict_mode_is_not_ready_where_a_bridge_may_hide_pods() -> None:
+    picture = state(Link(5, "cni0", "bridge"), veth(10, "vetha", master=5))
+    assert problems(picture, [], lambda name: "1\n") == []
+    (text,) = problems(picture, [], lambda name: "1\n", strict=True)
+    assert "cni0" in text
+    assert problems(state(Link(5, "br0", "bridge")), [], lambda name: "1\n", strict=True) == []
