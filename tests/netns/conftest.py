@@ -258,7 +258,8 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentFactory]:
 @pytest.fixture(scope="session")
 def rootless_python() -> str:
     """A Python that an unprivileged user can run and that finds this package; skips without one."""
-    code = "import dataplane.cli, click, rich, google_crc32c, yaml"
+    # yaml's compiled part tells whether the packages are those of this Python's version.
+    code = "import dataplane.cli, click, rich, google_crc32c, yaml._yaml"
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3"):
         done = subprocess.run(
             [*UNPRIVILEGED, python, "-c", code],
