@@ -62,7 +62,7 @@ class View(NamedTuple):
     addresses: tuple[Prefix, ...]  # none when every address has gone to a newer pod
     ports: tuple[ContainerPort, ...]
     host_network: bool
-    host_ips: tuple[bytes, ...]
+    endpoints: tuple[PodEndpoint, ...]  # as policies that select it name it
 
     def number(self, port: NamedPort) -> PortRange | None:
         """What a named port means on this pod; the first container that has it counts."""
@@ -233,7 +233,7 @@ class Resolver:
             tuple(Prefix(address, BITS[len(address)]) for address in own),
             pod.ports,
             pod.host_network,
-            pod.host_ips,
+            _endpoints(pod, own),
         )
 
     def _owns(self, pod: Pod, address: bytes, owners: dict[bytes, Key]) -> bool:
@@ -329,7 +329,7 @@ class Resolver:
         names = sorted({name for rule in policy.ingress for name in rule.names})
         groups: defaultdict[tuple[PortRange | None, ...], list[View]] = defaultdict(list)
         for view in selected:
-            groups[tuple(view.number(name) for name in names)].append(view)
+            groups[tuple([view.number(name) for name in names])].append(view)
         if not groups:
             groups[tuple(None for _ in names)] = []
         made: list[PolicyEndpoint] = []
@@ -342,7 +342,9 @@ class Resolver:
                 if (ports := _numbers(rule, known.get)) is not None
                 for cidr, excepts in who
             )
-            made += _slices(policy, group, _endpoints(views), ingress, egress)
+            made += _slices(
+                policy, group, [each for view in views for each in view.endpoints], ingress, egress
+            )
         return tuple(made)
 
     def _ingress_peers(self, policy: Key, rule: NormalRule) -> list[tuple[Prefix, tuple[Prefix, ...]]]:
@@ -452,18 +454,13 @@ def _numbers(
     return tuple(sorted(found.union(rule.numbers))) or None
 
 
-def _endpoints(views: Iterable[View]) -> list[PodEndpoint]:
-    endpoints: list[PodEndpoint] = []
-    for view in views:
-        for address in view.addresses:
-            same = (ip for ip in view.host_ips if len(ip) == len(address.network))
-            host = next(same, view.host_ips[0] if view.host_ips else b"")
-            endpoints.append(PodEndpoint(view.key, address.network, host))
-        if not view.addresses:
-            # Its address has gone to a newer pod. It stays selected by its name, so that it is not
-            # opened; that address must not be named, or the newer pod would inherit the policy.
-            endpoints.append(PodEndpoint(view.key, b"", view.host_ips[0] if view.host_ips else b""))
-    return endpoints
+def _endpoints(pod: Pod, addresses: Iterable[bytes]) -> tuple[PodEndpoint, ...]:
+    hosts = {len(address): address for address in reversed(pod.host_ips)}  # the first of each family
+    any_host = pod.host_ips[0] if pod.host_ips else b""
+    named = tuple(PodEndpoint(pod.key, address, hosts.get(len(address), any_host)) for address in addresses)
+    # When its addresses have gone to newer pods it stays selected by its name, so that it is not
+    # opened; an address must not be named, or the newer pod would inherit the policy.
+    return named or (PodEndpoint(pod.key, b"", any_host),)
 
 
 def _places(entries: Iterable[Entry]) -> list[Entry]:
