@@ -98,13 +98,29 @@ class _Query:
     selector: LabelSelector
     members: dict[Key, View]
     users: set[Key] = field(default_factory=set)  # policies that depend on it
-    found: tuple[View, ...] | None = None
+    _sorted: tuple[View, ...] | None = None
+    # Many policies name the same peers: what they look like as entries is worked out once.
+    _entries: dict[tuple[PortRange, ...], list[Entry]] = field(default_factory=dict)
+
+    def changed(self) -> None:
+        """Its members are others, or look different."""
+        self._sorted = None
+        self._entries.clear()
 
     def views(self) -> tuple[View, ...]:
         """The members, sorted by name."""
-        if self.found is None:
-            self.found = tuple(self.members[key] for key in sorted(self.members))
-        return self.found
+        if self._sorted is None:
+            self._sorted = tuple([self.members[key] for key in sorted(self.members)])
+        return self._sorted
+
+    def entries(self, ports: tuple[PortRange, ...]) -> list[Entry]:
+        """All members' addresses with these ports, sorted."""
+        found = self._entries.get(ports)
+        if found is None:
+            found = [(address, (), ports) for view in self.members.values() for address in view.addresses]
+            found.sort()
+            self._entries[ports] = found
+        return found
 
     def tokens(self) -> list[tuple[str | None, str, str]]:
         """What a pod must have one of to be a member: a namespace (None: any), a label and its value."""
@@ -129,6 +145,7 @@ class Resolver:
         self._namespaces: dict[str, dict[str, str]] = {}
         self._services: tuple[Service, ...] = ()
         self._services_of: defaultdict[str, list[Service]] = defaultdict(list)
+        self._known: tuple[Pod, ...] = ()
         self._pods: dict[Key, Pod] = {}
         self._claims: defaultdict[bytes, set[Key]] = defaultdict(set)
         self._views: dict[Key, View] = {}
@@ -174,30 +191,31 @@ class Resolver:
 
     # --- pods -----------------------------------------------------------------------------------------
 
-    def _take_pods(self, pods: Iterable[Pod]) -> list[tuple[View | None, View | None]]:
+    def _take_pods(self, pods: tuple[Pod, ...]) -> list[tuple[View | None, View | None]]:
         """Take up the pods known now; what each changed one looked like, and looks like."""
-        now = {pod.key: pod for pod in pods}
+        old, self._known = self._known, pods
+        # What stays is most often the very same object. Comparing identities first keeps the look at
+        # thousands of pods under a millisecond; both tuples are alive, so identities are unique.
+        old_ids, ids = set(map(id, old)), set(map(id, pods))
+        gone = [pod for pod in old if id(pod) not in ids]
+        come = [pod for pod in pods if id(pod) not in old_ids]
         affected: set[Key] = set()  # whose view may change
         touched: set[bytes] = set()  # addresses whose claimants changed
-        for key in self._pods.keys() - now.keys():
-            affected.add(key)
-            touched.update(self._claim(self._pods[key], claim=False))
-        for key, pod in now.items():
-            old = self._pods.get(key)
-            if old is pod or old == pod:
-                continue
-            affected.add(key)
-            if old is not None:
-                touched.update(self._claim(old, claim=False))
+        for pod in gone:
+            affected.add(pod.key)
+            touched.update(self._claim(pod, claim=False))
+            del self._pods[pod.key]
+        for pod in come:
+            affected.add(pod.key)
             touched.update(self._claim(pod, claim=True))
-        self._pods = now
+            self._pods[pod.key] = pod
         for address in touched:
             affected |= self._claims.get(address, set())
         owners: dict[bytes, Key] = {}
         changes: list[tuple[View | None, View | None]] = []
         for key in sorted(affected):
             before = self._views.get(key)
-            after = self._view(now[key], owners) if key in now else None
+            after = self._view(self._pods[key], owners) if key in self._pods else None
             if before == after:
                 continue
             if before is not None:
@@ -275,7 +293,7 @@ class Resolver:
                     elif was:
                         del query.members[key]
                     if was or is_:
-                        query.found = None
+                        query.changed()
                         dirty |= query.users
         return dirty
 
@@ -297,7 +315,7 @@ class Resolver:
                     if not self._by_token[token]:
                         del self._by_token[token]
 
-    def _select(self, policy: Key, namespaces: frozenset[str], selector: LabelSelector) -> tuple[View, ...]:
+    def _select(self, policy: Key, namespaces: frozenset[str], selector: LabelSelector) -> _Query:
         """The pods a selector matches; from now on `policy` depends on them."""
         query = self._queries.get((namespaces, selector))
         if query is None:
@@ -308,7 +326,7 @@ class Resolver:
         if policy not in query.users:
             query.users.add(policy)
             self._used[policy].append(query)
-        return query.views()
+        return query
 
     def _namespaces_of(self, selector: LabelSelector) -> frozenset[str]:
         found = self._selected_namespaces.get(selector)
@@ -320,12 +338,10 @@ class Resolver:
     def _resolve(self, policy: NormalPolicy) -> tuple[PolicyEndpoint, ...]:
         selected = [
             view
-            for view in self._select(policy.key, frozenset((policy.key.namespace,)), policy.pods)
+            for view in self._select(policy.key, frozenset((policy.key.namespace,)), policy.pods).views()
             if not view.host_network
         ]
         egress = _places(entry for rule in policy.egress for entry in self._egress(policy.key, rule))
-        # The same peers for every pod: they are looked up once, not once per group.
-        peers = [self._ingress_peers(policy.key, rule) for rule in policy.ingress]
         names = sorted({name for rule in policy.ingress for name in rule.names})
         groups: defaultdict[tuple[PortRange | None, ...], list[View]] = defaultdict(list)
         for view in selected:
@@ -337,30 +353,27 @@ class Resolver:
             group = None if len(groups) == 1 else _group_label(names, numbers)
             known = dict(zip(names, numbers, strict=True))
             ingress = _places(
-                (cidr, excepts, ports)
-                for rule, who in zip(policy.ingress, peers, strict=True)
+                entry
+                for rule in policy.ingress
                 if (ports := _numbers(rule, known.get)) is not None
-                for cidr, excepts in who
+                for entry in self._ingress(policy.key, rule, ports)
             )
             made += _slices(
                 policy, group, [each for view in views for each in view.endpoints], ingress, egress
             )
         return tuple(made)
 
-    def _ingress_peers(self, policy: Key, rule: NormalRule) -> list[tuple[Prefix, tuple[Prefix, ...]]]:
+    def _ingress(self, policy: Key, rule: NormalRule, ports: tuple[PortRange, ...]) -> Iterable[Entry]:
         if rule.peers is None:
-            return [(cidr, ()) for cidr in _ANYBODY]
-        found: list[tuple[Prefix, tuple[Prefix, ...]]] = []
+            return [(cidr, (), ports) for cidr in _ANYBODY]
+        entries: list[Entry] = []
         for peer in rule.peers:
             if isinstance(peer, IPBlock):
-                found.append((peer.cidr, peer.excepts))
+                entries.append((peer.cidr, peer.excepts, ports))
             else:
-                found += (
-                    (address, ())
-                    for view in self._select(policy, self._namespaces_of(peer.namespaces), peer.pods)
-                    for address in view.addresses
-                )
-        return found
+                query = self._select(policy, self._namespaces_of(peer.namespaces), peer.pods)
+                entries += query.entries(ports)
+        return entries
 
     def _egress(self, policy: Key, rule: NormalRule) -> Iterable[Entry]:
         # Addresses have no named ports: what is left are the numbers, and without any, nothing.
@@ -374,10 +387,15 @@ class Resolver:
                     entries.append((peer.cidr, peer.excepts, plain))
                 continue
             namespaces = self._namespaces_of(peer.namespaces)
-            for view in self._select(policy, namespaces, peer.pods):
-                ports = plain if not rule.names else _numbers(rule, view.number)
-                if ports is not None:
-                    entries += ((address, (), ports) for address in view.addresses)
+            query = self._select(policy, namespaces, peer.pods)
+            if not rule.names:
+                if plain is not None:
+                    entries += query.entries(plain)
+            else:
+                for view in query.views():
+                    ports = _numbers(rule, view.number)
+                    if ports is not None:
+                        entries += [(address, (), ports) for address in view.addresses]
             entries += self._cluster_ips(policy, namespaces, peer, rule)
         return entries
 
@@ -417,7 +435,9 @@ class Resolver:
         return tuple(sorted(allowed))
 
     def _backends(self, policy: Key, service: Service) -> tuple[View, ...]:
-        return self._select(policy, frozenset((service.key.namespace,)), LabelSelector.of(service.selector))
+        return self._select(
+            policy, frozenset((service.key.namespace,)), LabelSelector.of(service.selector)
+        ).views()
 
 
 def _target(view: View, protocol: int, target: int | str) -> int | None:
@@ -449,7 +469,7 @@ def _numbers(
     if rule.every_port:
         return ()
     if not rule.names:
-        return rule.numbers
+        return rule.numbers or None
     found = {number for name in rule.names if (number := look_up(name)) is not None}
     return tuple(sorted(found.union(rule.numbers))) or None
 
