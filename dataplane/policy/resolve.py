@@ -27,6 +27,7 @@ from dataplane.model import (
     IPBlock,
     Key,
     LabelSelector,
+    Namespace,
     NetworkPolicy,
     Pod,
     PodEndpoint,
@@ -143,9 +144,11 @@ class Resolver:
 
     def _forget(self) -> None:
         self._namespaces: dict[str, dict[str, str]] = {}
+        self._namespace_objects: tuple[Namespace, ...] = ()
         self._services: tuple[Service, ...] = ()
         self._services_of: defaultdict[str, list[Service]] = defaultdict(list)
         self._known: tuple[Pod, ...] = ()
+        self._ids: set[int] = set()  # of `_known`
         self._pods: dict[Key, Pod] = {}
         self._claims: defaultdict[bytes, set[Key]] = defaultdict(set)
         self._views: dict[Key, View] = {}
@@ -160,10 +163,17 @@ class Resolver:
 
     def update(self, snapshot: Snapshot) -> tuple[PolicyEndpoint, ...]:
         """The PolicyEndpoints of the NetworkPolicies in `snapshot` that have none there, sorted by key."""
-        namespaces = _namespaces(snapshot)
-        if namespaces != self._namespaces or snapshot.services != self._services:
+        come, gone = self._compare(snapshot.pods)
+        # A namespace that nothing is in any more may stay: no selector finds anything there.
+        if (
+            snapshot.namespaces != self._namespace_objects
+            or snapshot.services != self._services
+            or not self._namespaces.keys() >= _used_namespaces(come, snapshot.network_policies)
+        ):
             self._forget()
-            self._namespaces = namespaces
+            come, gone = self._compare(snapshot.pods)
+            self._namespaces = _namespaces(snapshot)
+            self._namespace_objects = snapshot.namespaces
             self._services = snapshot.services
             for service in snapshot.services:
                 if service.selector and service.cluster_ips:
@@ -171,13 +181,14 @@ class Resolver:
         given = {endpoint.policy for endpoint in snapshot.policy_endpoints}
         policies = {policy.key: policy for policy in snapshot.network_policies if policy.key not in given}
         dirty: set[Key] = set()
-        for changed in self._take_pods(snapshot.pods):
+        for changed in self._take_pods(come, gone):
             dirty |= self._spread(*changed)
         for key in self._policies.keys() - policies.keys():
             self._forget_unused(self._release(key))
             del self._normal[key], self._made[key]
         for key, policy in policies.items():
-            if self._policies.get(key) is not policy and self._policies.get(key) != policy:
+            known = self._policies.get(key)
+            if known is not policy and known != policy:
                 self._normal[key] = normalize(policy)
                 dirty.add(key)
         self._policies = policies
@@ -191,14 +202,20 @@ class Resolver:
 
     # --- pods -----------------------------------------------------------------------------------------
 
-    def _take_pods(self, pods: tuple[Pod, ...]) -> list[tuple[View | None, View | None]]:
-        """Take up the pods known now; what each changed one looked like, and looks like."""
-        old, self._known = self._known, pods
+    def _compare(self, pods: tuple[Pod, ...]) -> tuple[list[Pod], list[Pod]]:
+        """The pods that are new or different now, and those that are gone or were different."""
         # What stays is most often the very same object. Comparing identities first keeps the look at
         # thousands of pods under a millisecond; both tuples are alive, so identities are unique.
-        old_ids, ids = set(map(id, old)), set(map(id, pods))
-        gone = [pod for pod in old if id(pod) not in ids]
+        old_ids, ids = self._ids, set(map(id, pods))
         come = [pod for pod in pods if id(pod) not in old_ids]
+        gone = (
+            [pod for pod in self._known if id(pod) not in ids] if len(pods) - len(come) < len(old_ids) else []
+        )
+        self._known, self._ids = pods, ids
+        return come, gone
+
+    def _take_pods(self, come: list[Pod], gone: list[Pod]) -> list[tuple[View | None, View | None]]:
+        """Take up changes of pods; what each changed one looked like, and looks like."""
         affected: set[Key] = set()  # whose view may change
         touched: set[bytes] = set()  # addresses whose claimants changed
         for pod in gone:
@@ -451,10 +468,13 @@ def _holds(ranges: Iterable[PortRange], protocol: int, number: int) -> bool:
     return any(each.protocol == protocol and each.first <= number <= each.last for each in ranges)
 
 
+def _used_namespaces(pods: Iterable[Pod], policies: Iterable[NetworkPolicy]) -> set[str]:
+    return {pod.key.namespace for pod in pods} | {policy.key.namespace for policy in policies}
+
+
 def _namespaces(snapshot: Snapshot) -> dict[str, dict[str, str]]:
     """Labels by namespace; one without an object that a pod, policy or Service is in has its name's."""
-    names = {pod.key.namespace for pod in snapshot.pods}
-    names.update(policy.key.namespace for policy in snapshot.network_policies)
+    names = _used_namespaces(snapshot.pods, snapshot.network_policies)
     names.update(service.key.namespace for service in snapshot.services)
     namespaces = {name: {NAME_LABEL: name} for name in sorted(names)}
     for namespace in snapshot.namespaces:
