@@ -30,6 +30,7 @@ from dataplane.node.steering import Steering, installed_marks
 from dataplane.observe.log import Logger, get_logger
 from dataplane.plan import Plan, make_plan, touched
 from dataplane.policy.compile import Compiler
+from dataplane.policy.resolve import Resolver, in_force
 
 RETRY_SECONDS = 2.0  # after a step that the kernel refused
 SOLICIT_SECONDS = 0.5  # a pod on a bridge is asked for this often until its port is known
@@ -70,7 +71,9 @@ class Enforcement:
             offload=config.offload,
             ring_entries=RING_ENTRIES,
         )
-        self.snapshot = Snapshot()
+        self.resolver = Resolver()
+        self.known = Snapshot()  # the objects as the sources gave them
+        self.snapshot = Snapshot()  # the same with the PolicyEndpoints of its NetworkPolicies
         self.in_force: Plan | None = None  # the last plan whose every step succeeded
         self.refused: str | None = None  # why the newest plan is not in force
         self.faults: list[str] = []  # what the last look at our own rules and threads found
@@ -191,10 +194,11 @@ class Enforcement:
 
     def _take_snapshot(self) -> bool:
         """Take up the objects known now; whether they changed."""
-        old, self.snapshot = self.snapshot, self.objects.snapshot()
-        if self.snapshot == old:
+        old, self.known = self.known, self.objects.snapshot()
+        if self.known == old:
             return False
-        before = set(old.problems)
+        before = set(self.snapshot.problems)
+        self.snapshot = in_force(self.known, self.resolver)
         for problem in self.snapshot.problems:
             if problem not in before:
                 self._log_problem(problem)

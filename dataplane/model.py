@@ -116,6 +116,109 @@ class Pod:
     ports: tuple[ContainerPort, ...] = ()
 
 
+class Operator(enum.StrEnum):
+    """What a requirement of a label selector asks of a label."""
+
+    IN = "In"
+    NOT_IN = "NotIn"
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+class Requirement(NamedTuple):
+    """One condition on one label; `values` is empty for Exists and DoesNotExist."""
+
+    key: str
+    operator: Operator
+    values: tuple[str, ...] = ()
+
+
+class LabelSelector(NamedTuple):
+    """Every requirement must hold; none at all matches everything. `matchLabels` are In with one value."""
+
+    requirements: tuple[Requirement, ...] = ()
+
+    @classmethod
+    def of(cls, labels: Mapping[str, str]) -> LabelSelector:
+        """What `matchLabels: labels` selects."""
+        return cls(tuple(Requirement(key, Operator.IN, (value,)) for key, value in sorted(labels.items())))
+
+
+EVERYTHING = LabelSelector()
+
+
+class IPBlock(NamedTuple):
+    """Addresses inside `cidr` and outside every prefix of `excepts`."""
+
+    cidr: Prefix
+    excepts: tuple[Prefix, ...] = ()
+
+
+class NetworkPolicyPeer(NamedTuple):
+    """One item of `from` or `to`. With no member set, which is how a bad one is read, it matches nothing."""
+
+    pod_selector: LabelSelector | None = None
+    namespace_selector: LabelSelector | None = None
+    ip_block: IPBlock | None = None
+
+
+class NetworkPolicyPort(NamedTuple):
+    """One item of `ports`, as written: every member may be missing. A text `port` is a named port."""
+
+    protocol: int | None = None
+    port: int | str | None = None
+    end_port: int | None = None
+
+
+class NetworkPolicyRule(NamedTuple):
+    """One rule as written. No `peers`: anybody. No `ports`: every port."""
+
+    peers: tuple[NetworkPolicyPeer, ...] = ()
+    ports: tuple[NetworkPolicyPort, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPolicy:
+    """A networking.k8s.io/v1 NetworkPolicy as written, checked: what is bad in it allows nothing.
+
+    `policy_types` is None where it is missing: `policy.normalize` applies the defaults. A rule that
+    cannot be used stays in its list, so that rules keep their places, and matches nothing.
+    """
+
+    key: Key
+    pod_selector: LabelSelector = EVERYTHING
+    policy_types: frozenset[Direction] | None = None
+    ingress: tuple[NetworkPolicyRule, ...] = ()
+    egress: tuple[NetworkPolicyRule, ...] = ()
+    uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What is needed of a v1 Namespace."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class ServicePort(NamedTuple):
+    """`target`: the pods' port, as a number or as the name of a container port."""
+
+    protocol: int
+    port: int
+    target: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What is needed of a v1 Service. `cluster_ips` is empty for headless and ExternalName ones."""
+
+    key: Key
+    selector: Mapping[str, str] = field(default_factory=dict)
+    cluster_ips: tuple[bytes, ...] = ()
+    ports: tuple[ServicePort, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with the input: where, what, and what stays in force because of it.
@@ -140,3 +243,6 @@ class Snapshot:
     policy_endpoints: tuple[PolicyEndpoint, ...] = ()  # sorted by key
     pods: tuple[Pod, ...] = ()  # sorted by key
     problems: tuple[Problem, ...] = ()
+    network_policies: tuple[NetworkPolicy, ...] = ()  # sorted by key
+    namespaces: tuple[Namespace, ...] = ()  # sorted by name
+    services: tuple[Service, ...] = ()  # sorted by key

@@ -16,6 +16,7 @@ FAULT = 70  # EX_SOFTWARE of sysexits.h: neither "no" nor bad input
 COMMANDS = {
     "agent": "agent",
     "status": "status",
+    "resolve": "resolve",
     "explain": "explain",
     "rules": "rules",
     "flows": "flows",

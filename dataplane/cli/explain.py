@@ -28,9 +28,10 @@ def _from_files(paths: tuple[Path, ...], source: str, destination: str, port: st
         parse_port,
         table_of_everything,
     )
+    from dataplane.policy.resolve import in_force
     from dataplane.sources.directory import read_paths
 
-    snapshot = read_paths(paths)
+    snapshot = in_force(read_paths(paths))
     for problem in snapshot.problems:
         click.echo(f"podgate: warning: {problem}", err=True)
     pods = known_pods(snapshot)

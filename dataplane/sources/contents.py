@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from dataplane.model import Problem
-from dataplane.sources import objects
+from dataplane.sources import networkpolicy, objects
+from dataplane.sources.fields import identity, show
 from dataplane.sources.store import KubernetesObject
 from dataplane.sources.text import TextError, documents
 
+_Reader = Callable[[object, str], tuple[KubernetesObject | None, list[Problem]]]
+
 # kind → (apiVersion, reader)
-_READERS = {
+_READERS: dict[str, tuple[str, _Reader]] = {
     "PolicyEndpoint": ("networking.k8s.aws/v1alpha1", objects.policy_endpoint),
     "Pod": ("v1", objects.pod),
+    "NetworkPolicy": ("networking.k8s.io/v1", networkpolicy.network_policy),
+    "Namespace": ("v1", networkpolicy.namespace),
+    "Service": ("v1", networkpolicy.service),
 }
 
 
@@ -43,10 +49,7 @@ def summary(skipped: Mapping[str, int]) -> str:
     if not skipped:
         return ""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-    line = f"skipped what has no meaning here: {kinds}"
-    if "NetworkPolicy" in skipped:
-        line += " (a NetworkPolicy is enforced by way of its PolicyEndpoints)"
-    return line
+    return f"skipped what has no meaning here: {kinds}"
 
 
 def _document(document: object, source: str, where: str, found: Contents) -> None:
@@ -55,17 +58,17 @@ def _document(document: object, source: str, where: str, found: Contents) -> Non
     while waiting:
         raw, place, inherited = waiting.pop()
         if not isinstance(raw, Mapping):
-            reason = f"must be an object with kind and metadata, not {objects.show(raw)}"
+            reason = f"must be an object with kind and metadata, not {show(raw)}"
             found.problems.append(Problem(source, "", place, reason))
             continue
         kind = raw.get("kind", inherited or None)
         if not isinstance(kind, str) or not kind:
-            reason = "has no kind" if kind is None else f"kind must be text, not {objects.show(kind)}"
+            reason = "has no kind" if kind is None else f"kind must be text, not {show(kind)}"
             found.problems.append(Problem(source, "", place, reason))
         elif kind.endswith("List") and "items" in raw:
             items = raw["items"]
             if items is not None and not isinstance(items, list):
-                reason = f"items must be a list, not {objects.show(items)}"
+                reason = f"items must be a list, not {show(items)}"
                 found.problems.append(Problem(source, "", place, reason))
                 continue
             # The items of a typed list (PodList) may leave out their kind.
@@ -76,7 +79,7 @@ def _document(document: object, source: str, where: str, found: Contents) -> Non
         elif kind in _READERS:
             _object(kind, raw, source, place, found)
         else:
-            found.skipped[kind if kind.isidentifier() else objects.show(kind)] += 1
+            found.skipped[kind if kind.isidentifier() else show(kind)] += 1
 
 
 def _object(kind: str, raw: Mapping[object, object], source: str, place: str, found: Contents) -> None:
@@ -87,8 +90,8 @@ def _object(kind: str, raw: Mapping[object, object], source: str, place: str, fo
         if item is not None:
             found.objects.append(item)
     else:
-        reason = f"must be {version} for a {kind}, not {objects.show(given)}"
-        problems = [Problem(source, objects.identity(kind, raw), "apiVersion", reason)]
+        reason = f"must be {version} for a {kind}, not {show(given)}"
+        problems = [Problem(source, identity(kind, raw), "apiVersion", reason)]
     for problem in problems:
         # Without a name, its place in the file is all that identifies it.
         field_ = ", ".join(part for part in (place, problem.field) if part)

@@ -16,10 +16,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from dataplane.model import Pod, PolicyEndpoint, Problem, Snapshot
+from dataplane.model import Namespace, NetworkPolicy, Pod, PolicyEndpoint, Problem, Service, Snapshot
 
-KubernetesObject = PolicyEndpoint | Pod
+KubernetesObject = PolicyEndpoint | Pod | NetworkPolicy | Namespace | Service
+_T = TypeVar("_T", PolicyEndpoint, Pod, NetworkPolicy, Service)
 
 _KEPT = "its last good version stays in force"
 _LOST = "it is not in force"
@@ -27,7 +29,9 @@ _KEPT_ALL = "what was read from here before stays in force"
 
 
 def identity(item: KubernetesObject) -> str:
-    """`Kind namespace/name`, as `Problem.object` names it."""
+    """`Kind namespace/name`, or `Namespace name`, as `Problem.object` names it."""
+    if isinstance(item, Namespace):
+        return f"Namespace {item.name}"
     return f"{type(item).__name__} {item.key}"
 
 
@@ -124,18 +128,16 @@ class Store:
             problems += (self._outcome(problem, held, in_force) for problem in held.problems)
         self._in_force = in_force
         return Snapshot(
-            policy_endpoints=tuple(
+            policy_endpoints=_sorted(in_force.values(), PolicyEndpoint),
+            pods=_sorted(in_force.values(), Pod),
+            network_policies=_sorted(in_force.values(), NetworkPolicy),
+            namespaces=tuple(
                 sorted(
-                    (item for item in in_force.values() if isinstance(item, PolicyEndpoint)),
-                    key=lambda item: item.key,
+                    (item for item in in_force.values() if isinstance(item, Namespace)),
+                    key=lambda item: item.name,
                 )
             ),
-            pods=tuple(
-                sorted(
-                    (item for item in in_force.values() if isinstance(item, Pod)),
-                    key=lambda item: item.key,
-                )
-            ),
+            services=_sorted(in_force.values(), Service),
             problems=tuple(
                 sorted(set(problems), key=lambda each: (each.source, each.object, each.field, each.reason))
             ),
@@ -174,3 +176,7 @@ class Store:
         else:
             return problem
         return replace(problem, reason=f"{problem.reason}; {outcome}")
+
+
+def _sorted(items: Iterable[KubernetesObject], kind: type[_T]) -> tuple[_T, ...]:
+    return tuple(sorted((item for item in items if isinstance(item, kind)), key=lambda item: item.key))

@@ -135,11 +135,11 @@ def test_name_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_kinds_without_meaning_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("kind: Service\n---\nkind: Service\n---\n" + policy("a"))
+    (tmp_path / "a.yaml").write_text("kind: Secret\n---\nkind: Secret\n---\n" + policy("a"))
     store = Store()
     source = DirectorySource([tmp_path], store)
     source.load()
-    assert source.skipped == {"Service": 2}
+    assert source.skipped == {"Secret": 2}
     assert store.snapshot().problems == ()
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from dataplane.addresses import parse_address as address
 from dataplane.model import ContainerPort, Direction, Key, PodEndpoint, PortRange, Problem
-from dataplane.sources.objects import MAX_PROBLEMS, parse_time, pod, policy_endpoint
+from dataplane.sources.fields import MAX_PROBLEMS
+from dataplane.sources.objects import parse_time, pod, policy_endpoint
 
 SOURCE = "policies.yaml"
 NAME = "PolicyEndpoint x/p-abcde"
