@@ -4,9 +4,11 @@
 
 SHELL := /bin/bash
 BIN := .venv/bin
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
+# Tests at a time; PYTEST_ARGS are further options for pytest.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: run test setup lint types unit bench micro sanitize wheel clean help
+.PHONY: run test setup lint types bench micro sanitize wheel clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -20,8 +22,8 @@ setup:
 run: setup
 	@$(BIN)/podgate lab demo
 
-test:
-	@.ci/run
+test: setup lint types
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
