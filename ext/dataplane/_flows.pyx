@@ -11,16 +11,13 @@ could choose ports so that its flows, or its victim's, all meet in one bucket.
 """
 cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stddef cimport size_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
+from dataplane._memory cimport block_new
 from dataplane._packet cimport unpack_address
 
 import os
-
-cdef extern from "stdlib.h" nogil:
-    int posix_memalign(void **block, size_t alignment, size_t size)
 
 cdef enum:
     WAYS = 8
@@ -136,21 +133,18 @@ cdef inline uint32_t matching(const bucket_t *bucket, uint16_t tag) noexcept nog
 
 
 cdef cache_t *cache_new(uint32_t entries, uint64_t seed) noexcept nogil:
-    cdef cache_t *cache
-    cdef void *block = NULL
+    cdef cache_t *cache = <cache_t *>block_new(sizeof(cache_t))
     cdef uint64_t buckets = 1, i
     cdef int way
     cdef uint64_t state = seed
-    if posix_memalign(&block, LINE, sizeof(cache_t)) != 0:
+    if cache == NULL:
         return NULL
-    cache = <cache_t *>block
     while buckets * WAYS < entries:
         buckets *= 2
-    block = NULL
-    if posix_memalign(&block, LINE, buckets * sizeof(bucket_t)) != 0:
+    cache.buckets = <bucket_t *>block_new(buckets * sizeof(bucket_t))
+    if cache.buckets == NULL:
         free(cache)
         return NULL
-    cache.buckets = <bucket_t *>block
     memset(cache.buckets, 0, buckets * sizeof(bucket_t))
     for i in range(buckets):
         for way in range(WAYS):

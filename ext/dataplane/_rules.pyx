@@ -18,6 +18,7 @@ from libc.stddef cimport size_t
 from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcpy, memset
 
+from dataplane._memory cimport block_new
 from dataplane._packet cimport addr_t, packed_address, unpack_address
 
 from dataplane.verdict import Allowed, Interval
@@ -1028,7 +1029,7 @@ cdef bint take(RuleSet self, build_t *b) noexcept nogil:
         size += padded(b.leaves[level].n * sizeof(uint32_t))
     size += padded(b.cells.n * sizeof(cell_t)) + padded(b.ranges.n * sizeof(port_range_t))
     size += padded(b.ids.n * sizeof(uint32_t))
-    self.block = malloc(size)
+    self.block = block_new(size)
     if self.block == NULL:
         return False
     self.nbytes = <Py_ssize_t>size
