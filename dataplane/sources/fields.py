@@ -7,7 +7,7 @@ What a field means for enforcement when it is bad is decided by the callers (`so
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeVar
 
 from dataplane.addresses import Prefix, parse_address, parse_prefix
@@ -251,3 +251,34 @@ def excepts_of(rule: Mapping[object, object], field: str, cidr: Prefix, report: 
             report.add(where, f"{prefix} is outside cidr {cidr} and has no effect")
         excepts.append(prefix)
     return tuple(excepts)
+
+
+def ports_of(
+    rule: Mapping[object, object], field: str, report: Report, read: Callable[[object, str], _T]
+) -> tuple[_T, ...]:
+    """The entries of a rule's `ports`, each by `read`; empty when there is no list, or an empty one.
+
+    A bad entry is reported and left out. BadFieldError when none of several is left: an empty result
+    would open every port.
+    """
+    values = rule.get("ports")
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise BadFieldError(f"{field}.ports", f"must be a list of ports, not {show(values)}")
+    ports: list[_T] = []
+    for index, value in enumerate(values):
+        try:
+            ports.append(read(value, f"{field}.ports[{index}]"))
+        except BadFieldError as bad:
+            report.add(bad.field, f"{bad.reason}; this entry allows nothing")
+    if values and not ports:
+        raise BadFieldError(f"{field}.ports", "no entry can be used")
+    return tuple(ports)
+
+
+def known_fields(value: Mapping[object, object], field: str, known: Collection[str]) -> None:
+    """BadFieldError for a field that is not among `known`: it may narrow what the others allow."""
+    for name in value:
+        if name not in known:
+            raise BadFieldError(f"{field}.{path_of(name)}", "unknown field")

@@ -39,6 +39,7 @@ from dataplane.sources.fields import (
     entries_of,
     excepts_of,
     key_of,
+    known_fields,
     labels_of,
     list_of,
     map_of,
@@ -46,6 +47,7 @@ from dataplane.sources.fields import (
     optional,
     path_of,
     port_number,
+    ports_of,
     prefix_of,
     protocol_of,
     show,
@@ -175,14 +177,8 @@ def _rules(
 
 def _rule(value: object, field: str, peers: str, report: Report) -> NetworkPolicyRule:
     rule = map_of(value, field)
-    _known_fields(rule, field, {peers, "ports"})
-    return NetworkPolicyRule(_peers(rule, field, peers, report), _ports(rule, field, report))
-
-
-def _known_fields(value: Mapping[object, object], field: str, known: set[str]) -> None:
-    for name in value:
-        if name not in known:
-            raise BadFieldError(f"{field}.{path_of(name)}", "unknown field")
+    known_fields(rule, field, {peers, "ports"})
+    return NetworkPolicyRule(_peers(rule, field, peers, report), ports_of(rule, field, report, _port))
 
 
 def _peers(
@@ -205,7 +201,7 @@ def _peers(
 
 def _peer(value: object, field: str, report: Report) -> NetworkPolicyPeer:
     peer = map_of(value, field)
-    _known_fields(peer, field, _PEER_FIELDS)
+    known_fields(peer, field, _PEER_FIELDS)
     pods, namespaces, block = (peer.get(name) for name in ("podSelector", "namespaceSelector", "ipBlock"))
     if block is not None:
         if pods is not None or namespaces is not None:
@@ -221,33 +217,16 @@ def _peer(value: object, field: str, report: Report) -> NetworkPolicyPeer:
 
 def _ip_block(value: object, field: str, report: Report) -> IPBlock:
     block = map_of(value, field)
-    _known_fields(block, field, _BLOCK_FIELDS)
+    known_fields(block, field, _BLOCK_FIELDS)
     if block.get("cidr") in (None, ""):
         raise BadFieldError(f"{field}.cidr", "missing")
     cidr = prefix_of(block["cidr"], f"{field}.cidr", report)
     return IPBlock(cidr, excepts_of(block, field, cidr, report))
 
 
-def _ports(rule: Mapping[object, object], field: str, report: Report) -> tuple[NetworkPolicyPort, ...]:
-    values = rule.get("ports")
-    if values is None:
-        return ()
-    if not isinstance(values, list):
-        raise BadFieldError(f"{field}.ports", f"must be a list of ports, not {show(values)}")
-    ports: list[NetworkPolicyPort] = []
-    for index, value in enumerate(values):
-        try:
-            ports.append(_port(value, f"{field}.ports[{index}]"))
-        except BadFieldError as bad:
-            report.add(bad.field, f"{bad.reason}; this entry allows nothing")
-    if values and not ports:
-        raise BadFieldError(f"{field}.ports", "no entry can be used")
-    return tuple(ports)
-
-
 def _port(value: object, field: str) -> NetworkPolicyPort:
     entry = map_of(value, field)
-    _known_fields(entry, field, _PORT_FIELDS)
+    known_fields(entry, field, _PORT_FIELDS)
     protocol = None if entry.get("protocol") is None else protocol_of(entry, field)
     port, end = entry.get("port"), entry.get("endPort")
     if isinstance(port, str):
@@ -277,7 +256,7 @@ def _port(value: object, field: str) -> NetworkPolicyPort:
 def _selector(value: object, field: str) -> LabelSelector:
     """A LabelSelector; BadFieldError when any part of it is bad: less of it would select more."""
     selector = map_of(value, field)
-    _known_fields(selector, field, _SELECTOR_FIELDS)
+    known_fields(selector, field, _SELECTOR_FIELDS)
     requirements: list[Requirement] = []
     labels = map_of(selector, field, "matchLabels", missing={})
     for name, text in labels.items():
@@ -294,7 +273,7 @@ def _selector(value: object, field: str) -> LabelSelector:
 
 def _requirement(value: object, field: str) -> Requirement:
     expression = map_of(value, field)
-    _known_fields(expression, field, _REQUIREMENT_FIELDS)
+    known_fields(expression, field, _REQUIREMENT_FIELDS)
     key = _label_key(expression.get("key"), f"{field}.key")
     name = expression.get("operator")
     if not isinstance(name, str) or name not in _OPERATORS:

@@ -40,6 +40,7 @@ from dataplane.sources.fields import (
     excepts_of,
     is_text,
     key_of,
+    known_fields,
     labels_of,
     list_of,
     map_of,
@@ -47,6 +48,7 @@ from dataplane.sources.fields import (
     optional,
     path_of,
     port_number,
+    ports_of,
     prefix_of,
     protocol_of,
     show,
@@ -219,9 +221,7 @@ def _rules(spec: Mapping[object, object], name: str, report: Report) -> tuple[Ru
 
 def _rule(value: object, field: str, index: int, report: Report) -> Rule:
     rule = map_of(value, field)
-    for name in rule:
-        if name not in _RULE_FIELDS:
-            raise BadFieldError(f"{field}.{path_of(name)}", "unknown field")
+    known_fields(rule, field, _RULE_FIELDS)
     cidr, domain = rule.get("cidr"), rule.get("domainName")
     if domain not in (None, ""):
         reason = "rules by domain name cannot be enforced yet"
@@ -229,31 +229,12 @@ def _rule(value: object, field: str, index: int, report: Report) -> Rule:
     if cidr in (None, ""):
         raise BadFieldError(f"{field}.cidr", "missing")
     prefix = prefix_of(cidr, f"{field}.cidr", report)
-    return Rule(prefix, excepts_of(rule, field, prefix, report), _ports(rule, field, report), index)
-
-
-def _ports(rule: Mapping[object, object], field: str, report: Report) -> tuple[PortRange, ...]:
-    values = rule.get("ports")
-    if values is None:
-        return ()
-    if not isinstance(values, list):
-        raise BadFieldError(f"{field}.ports", f"must be a list of ports, not {show(values)}")
-    ports: list[PortRange] = []
-    for index, value in enumerate(values):
-        try:
-            ports.append(_port(value, f"{field}.ports[{index}]"))
-        except BadFieldError as bad:
-            report.add(bad.field, f"{bad.reason}; this entry allows nothing")
-    if values and not ports:
-        raise BadFieldError(f"{field}.ports", "no entry can be used")
-    return tuple(ports)
+    return Rule(prefix, excepts_of(rule, field, prefix, report), ports_of(rule, field, report, _port), index)
 
 
 def _port(value: object, field: str) -> PortRange:
     entry = map_of(value, field)
-    for name in entry:
-        if name not in _PORT_FIELDS:
-            raise BadFieldError(f"{field}.{path_of(name)}", "unknown field")
+    known_fields(entry, field, _PORT_FIELDS)
     protocol = protocol_of(entry, field)
     first, last = entry.get("port"), entry.get("endPort")
     if first is None:
