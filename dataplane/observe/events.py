@@ -32,10 +32,9 @@ def deciding_policy(verdict: Verdict) -> str | None:
     ends = [(verdict.egress, Direction.EGRESS), (verdict.ingress, Direction.INGRESS)]
     ends.sort(key=lambda end: end[1] is not verdict.direction)
     for end, direction in ends:
-        if end.pod is not None and end.rule_id >= 0:
-            rules = end.pod.egress if direction is Direction.EGRESS else end.pod.ingress
-            if rules is not None:
-                return str(rules.rules[end.rule_id][0])
+        found = end.pod.rule(direction, end.rule_id) if end.pod is not None else None
+        if found:
+            return str(found[0])
     return None
 
 

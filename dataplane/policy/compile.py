@@ -12,7 +12,7 @@ from typing import cast
 from weakref import WeakValueDictionary
 
 from dataplane._rules import RuleSet, RuleTable
-from dataplane.model import Key, Rule
+from dataplane.model import Direction, Key, Rule
 from dataplane.policy.effective import DirectionRules
 
 
@@ -38,6 +38,11 @@ class PodEntry:
     unknown: bool = False
     bridge: int = 0
     uplink: int = 0
+
+    def rule(self, direction: Direction, rule_id: int) -> tuple[Key, Rule] | None:
+        """The policy and rule behind a rule id of one of its directions; None for id -1, no rule."""
+        rules = self.egress if direction is Direction.EGRESS else self.ingress
+        return rules.rules[rule_id] if rules is not None and rule_id >= 0 else None
 
 
 class Compiler:

@@ -15,7 +15,7 @@ from dataplane._rules import RuleTable
 from dataplane.addresses import family_of, format_address, parse_address
 from dataplane.errors import InputError
 from dataplane.model import PROTOCOL_NAMES, PROTOCOLS, Direction, Key, Rule, Snapshot
-from dataplane.policy.compile import Compiler, PodEntry
+from dataplane.policy.compile import Compiler, PodEntry, rule_of
 from dataplane.policy.effective import effective_rules, local_pods
 from dataplane.reasons import Reason
 from dataplane.verdict import End, Verdict
@@ -151,13 +151,8 @@ DENYING = {Reason.NO_RULE, Reason.SPOOFED, Reason.MALFORMED, Reason.FRAGMENT, Re
 
 def describe_end(end: End, direction: Direction) -> dict[str, Any]:
     """One end of a verdict as the contract's JSON shape: verdict, reason, policy, rule."""
-    policy, rule = None, None
-    rules = None
-    if end.pod is not None and end.rule_id >= 0:
-        rules = end.pod.egress if direction is Direction.EGRESS else end.pod.ingress
-    if rules is not None:
-        found = rules.rules[end.rule_id]
-        policy, rule = str(found[0]), describe_rule(found[1])
+    found = end.pod.rule(direction, end.rule_id) if end.pod is not None else None
+    policy, rule = (str(found[0]), describe_rule(found[1])) if found else (None, None)
     return {
         "verdict": "deny" if end.reason in DENYING else "allow",
         "reason": end.reason.text if end.reason is not Reason.NONE else Reason.NOT_A_POD.text,
@@ -259,8 +254,8 @@ def describe_rules(table: RuleTable, pod: int) -> dict[str, Any]:
                     "allowed": [
                         {
                             "ports": str(allowed),
-                            "policy": str(rules.rules[allowed.rule_id][0]),
-                            "rule": rules.rules[allowed.rule_id][1].index,
+                            "policy": str(rule_of(compiled, allowed.rule_id)[0]),
+                            "rule": rule_of(compiled, allowed.rule_id)[1].index,
                         }
                         for allowed in interval.allowed
                     ],
