@@ -17,9 +17,9 @@ from dataplane.addresses import format_address
 from dataplane.errors import InputError
 
 if TYPE_CHECKING:
-    from dataplane.lab.probe import Matrix
     from dataplane.lab.world import Lab
     from dataplane.model import Key, Pod
+    from dataplane.reachability import Matrix
 
 name_option = click.option(
     "--name", default="podgate", show_default=True, metavar="N", help="Which lab; its namespaces are N-…"

@@ -34,10 +34,11 @@ from dataplane.addresses import format_address
 from dataplane.cli.client import ask as ask_agent
 from dataplane.errors import AgentUnreachable, InputError, PodgateError
 from dataplane.lab import rootless, world
-from dataplane.lab.probe import ALLOWED, DENIED, Answer, Flow, Port, ask
+from dataplane.lab.probe import Answer, Flow, Port, ask
 from dataplane.lab.view import cell, fancy
 from dataplane.lab.world import Lab
 from dataplane.model import Pod
+from dataplane.reachability import ALLOWED, DENIED
 from dataplane.sources.directory import read_paths
 
 FAMILIES = (4, 6)

@@ -15,10 +15,10 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dataplane.addresses import family_of, format_address, parse_address
 from dataplane.errors import InputError
@@ -27,11 +27,11 @@ from dataplane.lab.server import IPV6_FREEBIND
 from dataplane.lab.topology import LabPod, Wire
 from dataplane.lab.world import Lab
 from dataplane.model import PROTOCOLS
+from dataplane.reachability import ALLOWED, DENIED, NOT_JUDGED, Matrix
 
 TCP, UDP, ICMP, SCTP, ICMP6 = 6, 17, 1, 132, 58
 DEFAULT_TIMEOUT = 1.0
 SENDS = 4  # datagrams are lost without anybody's ill will; each is sent this often within the timeout
-ALLOWED, DENIED, NOT_JUDGED = ".", "X", "-"
 
 
 class Port(NamedTuple):
@@ -82,57 +82,6 @@ class Answer:
     by: str | None = None
     error: str = ""
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Reachability, in the shape that `podgate matrix -o json` prints.
-
-    `cells[port]` has one string per source in `order`, one character per destination: `.` allowed,
-    `X` denied, `-` not judged.
-    """
-
-    order: tuple[str, ...]
-    cells: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"order": list(self.order), "cells": {port: list(rows) for port, rows in self.cells.items()}}
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Matrix:
-        return cls(tuple(raw["order"]), {port: tuple(rows) for port, rows in raw["cells"].items()})
-
-    def cell(self, source: str, destination: str, port: str) -> str:
-        return self.cells[port][self.order.index(source)][self.order.index(destination)]
-
-    def allows(self, source: str, destination: str, port: str = "80/TCP") -> bool:
-        return self.cell(source, destination, port) == ALLOWED
-
-    def diff(self, expected: Matrix) -> str:
-        """Every cell that differs from `expected`, one line each; empty when none does."""
-        if self.order != expected.order or self.cells.keys() != expected.cells.keys():
-            return (
-                f"not the same table: observed {self.order} {list(self.cells)},"
-                f" expected {expected.order} {list(expected.cells)}"
-            )
-        words = {ALLOWED: "allowed", DENIED: "denied", NOT_JUDGED: "not judged"}
-        return "\n".join(
-            f"{port}: {source} -> {self.order[column]}: observed {words[seen]}, expected {words[wanted]}"
-            for port, rows in self.cells.items()
-            for source, row, wanted_row in zip(self.order, rows, expected.cells[port], strict=True)
-            for column, (seen, wanted) in enumerate(zip(row, wanted_row, strict=True))
-            if seen != wanted
-        )
-
-    def __str__(self) -> str:
-        width = max((len(name) for name in self.order), default=0)
-        parts = []
-        for port, rows in self.cells.items():
-            parts.append(f"{port}")
-            parts += [
-                f"  {name:<{width}}  {' '.join(row)}" for name, row in zip(self.order, rows, strict=True)
-            ]
-        return "\n".join(parts)
 
 
 def probe(

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dataplane.lab.probe import ALLOWED, DENIED, NOT_JUDGED, Matrix
+from dataplane.reachability import ALLOWED, DENIED, NOT_JUDGED, Matrix
 
 _STYLES = {ALLOWED: "bold green", DENIED: "bold red", NOT_JUDGED: "dim"}
 _MARKS = {ALLOWED: "✓", DENIED: "✗", NOT_JUDGED: "-"}

@@ -16,8 +16,9 @@ from typing import Any
 from objects import until
 
 from dataplane.addresses import family_of, parse_address
-from dataplane.lab.probe import ALLOWED, DENIED, Flow, Port, ask
+from dataplane.lab.probe import Flow, Port, ask
 from dataplane.lab.world import Lab
+from dataplane.reachability import ALLOWED, DENIED
 
 FAMILIES = (4, 6)
 BLOCK = struct.Struct("!Q56x")

@@ -20,10 +20,11 @@ from objects import pod, until
 from dataplane.addresses import format_address, parse_address
 from dataplane.errors import InputError
 from dataplane.lab import netns, world
-from dataplane.lab.probe import Matrix, connect, probe
+from dataplane.lab.probe import connect, probe
 from dataplane.lab.topology import Topology, Wire
 from dataplane.lab.world import Lab
 from dataplane.model import Key
+from dataplane.reachability import Matrix
 
 pytestmark = pytest.mark.netns
 

@@ -9,11 +9,12 @@ from conftest import AgentFactory, LabFactory
 from objects import allow, deny, pod, policy, select, until
 from traffic import Stream, arrives, passes, udp
 
-from dataplane.lab.probe import Matrix, connect, probe
+from dataplane.lab.probe import connect, probe
 from dataplane.lab.topology import Topology, Wire, veth_name
 from dataplane.lab.world import Lab
 from dataplane.model import Key
 from dataplane.node.rendering import GROUP_CHECKED, GROUP_EGRESS, GROUP_INGRESS, GROUP_MASK
+from dataplane.reachability import Matrix
 
 pytestmark = pytest.mark.netns
 WIRES = [wire for wire in Wire if wire is not Wire.HOST]

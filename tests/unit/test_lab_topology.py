@@ -8,10 +8,11 @@ import pytest
 
 from dataplane.addresses import format_address, parse_address
 from dataplane.errors import InputError
-from dataplane.lab.probe import Matrix, Port
+from dataplane.lab.probe import Port
 from dataplane.lab.topology import LabPod, Topology, Wire, plan, veth_name
 from dataplane.lab.wiring import base, pod
 from dataplane.model import ContainerPort, Key, Pod
+from dataplane.reachability import Matrix
 
 
 def _pod(name: str, *ips: str, host_ips: tuple[str, ...] = (), host_network: bool = False) -> Pod:
