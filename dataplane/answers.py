@@ -86,7 +86,7 @@ class Answers:
             "fail": str(now.config.fail),
             "backend": str(now.config.backend),
             "iptables": str(variant) if variant else None,
-            "pods": len(plan.rules) if plan else 0,
+            "pods": plan.isolated if plan else 0,
             "policies": plan.policies if plan else 0,
             "queues": queues,
             "counters": {reason: count for reason, count in sorted(counters.items()) if count},
@@ -154,8 +154,8 @@ class Answers:
 
     def _names(self) -> dict[bytes, Key]:
         plan = self.enforcement.in_force
-        placed = plan.addresses if plan else {}
-        return {address: key for key, addresses in placed.items() for address in addresses}
+        pods = plan.pods if plan else {}
+        return {address: key for key, pod in pods.items() for address in pod.addresses}
 
     def events(self, query: Query) -> AsyncIterator[dict[str, Any]]:
         """Live verdicts while somebody reads. `capture`: denied, misses (the default) or all."""

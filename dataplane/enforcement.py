@@ -180,9 +180,7 @@ class Enforcement:
         links = self.interfaces.state.links.values()
         if plan is None or not any(link.kind == "bridge" for link in links):
             return []
-        return [
-            ip for key, addresses in plan.addresses.items() if key not in plan.placements for ip in addresses
-        ]
+        return [ip for key, pod in plan.pods.items() if key not in plan.placements for ip in pod.addresses]
 
     async def _find_bridged_pods(self) -> None:
         """Before the first rules: a pod that has been silent is in no table of its bridge."""
@@ -247,7 +245,7 @@ class Enforcement:
         self.log.info(
             "ready" if old is None else "rules in force",
             generation=table.generation,
-            pods=len(plan.rules),
+            pods=plan.isolated,
             policies=plan.policies,
             flows_judged_again=seen,
             flows_cut=cut,

@@ -26,7 +26,7 @@ from dataplane.node.interfaces import (
 )
 from dataplane.node.steering import SteeredPod
 from dataplane.policy.compile import PodEntry
-from dataplane.policy.effective import DirectionRules, PodRules, changed_pods, effective_rules, local_pods
+from dataplane.policy.effective import DirectionRules, PodRules, changed_pods, effective_rules
 
 NOTHING = DirectionRules(())  # isolated, and no rule allows anything
 ANNOTATION_SPOOF_CHECK = "podgate.dev/spoof-check"  # "off" on pods that route for others
@@ -36,17 +36,17 @@ ANNOTATION_SPOOF_CHECK = "podgate.dev/spoof-check"  # "off" on pods that route f
 class Plan:
     """Everything that one change puts in force; equal plans need no change.
 
-    `entries` and `own_node` are what the table is compiled from. `rules`: the isolated pods of this
-    node. `placements` and `addresses`: every known pod of this node, isolated or not. `waiting`:
-    isolated pods whose interface is not there (yet). `services`: local service addresses.
-    `not_pods`: links that only look like a pod's.
+    `entries` and `own_node` are what the table is compiled from. `pods`: every known pod of this node,
+    `isolated` of them isolated. `placements`: those whose interface is there; `waiting`: isolated pods
+    whose interface is not (yet). `services`: local service addresses. `not_pods`: links that only look
+    like a pod's.
     """
 
     entries: tuple[PodEntry, ...]
     own_node: frozenset[bytes]
-    rules: dict[Key, PodRules]
+    pods: dict[Key, PodRules]
+    isolated: int
     placements: dict[Key, Placement]
-    addresses: dict[Key, tuple[bytes, ...]]
     steered: tuple[SteeredPod, ...]
     services: frozenset[Prefix]
     not_pods: frozenset[str]
@@ -63,21 +63,19 @@ def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:
 def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan:
     """What is to be in force for these objects on these links."""
     node_ips = node_addresses(config, state)
-    rules = effective_rules(snapshot, node_ips)
-    addresses = {**local_pods(snapshot, node_ips), **{key: pod.addresses for key, pod in rules.items()}}
+    pods = effective_rules(snapshot, node_ips)
     routers = {pod.key for pod in snapshot.pods if pod.annotations.get(ANNOTATION_SPOOF_CHECK) == "off"}
     # Strict mode: a pod is isolated both ways before, and besides, what policies say of it.
     default = NOTHING if config.mode is Mode.STRICT else None
     entries: list[PodEntry] = []
     steered: list[SteeredPod] = []
-    placements = place(addresses, snapshot, state, config.veth_prefix)
-    owners = address_owners(addresses, placements, state)
+    placements = place(pods, snapshot, state, config.veth_prefix)
+    owners = address_owners(pods, placements, state)
     for key in sorted(placements):
-        placement = placements[key]
-        own = tuple(address for address in addresses[key] if owners[address] == key)
-        pod = rules.get(key)
-        ingress = (pod.ingress if pod else None) or default
-        egress = (pod.egress if pod else None) or default
+        placement, pod = placements[key], pods[key]
+        own = tuple(address for address in pod.addresses if owners[address] == key)
+        ingress = pod.ingress or default
+        egress = pod.egress or default
         spoof_check = config.spoof_check and key not in routers
         entries.append(
             PodEntry(
@@ -89,7 +87,7 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
                 spoof_check=spoof_check,
                 branch=placement.kind is Kind.BRANCH,
                 bridge=placement.bridge_ifindex,
-                uplink=branch_uplink(placement, addresses[key], state),
+                uplink=branch_uplink(placement, pod.addresses, state),
             )
         )
         steered.append(
@@ -102,23 +100,24 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
                 spoof_check=spoof_check,
             )
         )
+    isolated = [key for key, pod in pods.items() if pod.isolated]
     return Plan(
         entries=tuple(entries),
         own_node=node_ips | own_node_addresses(state),
-        rules=rules,
+        pods=pods,
+        isolated=len(isolated),
         placements=placements,
-        addresses=addresses,
         steered=tuple(steered),
         services=local_service_addresses(state),
         not_pods=lookalikes(state, config.veth_prefix),
-        waiting=tuple(key for key in rules if key not in placements),
+        waiting=tuple(key for key in isolated if key not in placements),
         policies=len({endpoint.policy for endpoint in snapshot.policy_endpoints}),
         problems=tuple(problems(state, placements.values(), strict=config.mode is Mode.STRICT)),
     )
 
 
 def place(
-    addresses: Mapping[Key, tuple[bytes, ...]], snapshot: Snapshot, state: LinkState, veth_prefix: str
+    pods: Mapping[Key, PodRules], snapshot: Snapshot, state: LinkState, veth_prefix: str
 ) -> dict[Key, Placement]:
     """The interface of every pod that has one here; no two pods have the same.
 
@@ -127,12 +126,12 @@ def place(
     name last: never to none, which would leave it open.
     """
     names: dict[int, Key] = {}
-    for key in addresses:
+    for key in pods:
         names.update(dict.fromkeys(named_links(key, state, veth_prefix), key))
     live = {pod.key: pod.created_at or 0.0 for pod in snapshot.pods if not pod.finished}
     claims: dict[int, list[tuple[bool, float, Key, Placement]]] = {}
-    for key, own in addresses.items():
-        placement = locate(key, own, state, veth_prefix, names)  # its own name's link stays its own
+    for key, pod in pods.items():
+        placement = locate(key, pod.addresses, state, veth_prefix, names)  # its own name's link stays its own
         if placement is not None:
             named = names.get(placement.ifindex) == key
             claims.setdefault(placement.ifindex, []).append((named, live.get(key, -1.0), key, placement))
@@ -141,12 +140,12 @@ def place(
 
 
 def address_owners(
-    addresses: Mapping[Key, tuple[bytes, ...]], placements: Mapping[Key, Placement], state: LinkState
+    pods: Mapping[Key, PodRules], placements: Mapping[Key, Placement], state: LinkState
 ) -> dict[bytes, Key]:
     """The one pod that has each address: where its route leads, else the one on the newest interface."""
     claims: dict[bytes, list[tuple[bool, int, Key]]] = {}
     for key, placement in placements.items():
-        for address in addresses[key]:
+        for address in pods[key].addresses:
             routed = any(
                 route.ifindex == placement.ifindex for route in state.routes_by_address.get(address, ())
             )
@@ -161,16 +160,16 @@ def touched(old: Plan | None, new: Plan) -> tuple[set[bytes], set[bytes]]:
     may then stand for somebody else's verdict (an address used again), or for none.
     """
     renewed: set[bytes] = set()
+    rejudged: set[bytes] = set()
     old_placements = old.placements if old else {}
-    old_addresses = old.addresses if old else {}
+    old_pods = old.pods if old else {}
     for key in old_placements.keys() | new.placements.keys():
-        before, now = old_addresses.get(key, ()), new.addresses.get(key, ())
+        before = old_pods[key].addresses if key in old_pods else ()
+        now = new.pods[key].addresses if key in new.pods else ()
         if old_placements.get(key) != new.placements.get(key) or before != now:
             renewed.update(before, now)
-    rejudged: set[bytes] = set()
-    old_rules = old.rules if old else {}
-    for key in changed_pods(old_rules, new.rules):
-        was, is_ = old_rules.get(key), new.rules.get(key)
+    for key in changed_pods(old_pods, new.pods):
+        was, is_ = old_pods.get(key), new.pods.get(key)
         both = {*(was.addresses if was else ()), *(is_.addresses if is_ else ())}
         begins = is_ is not None and (
             (is_.ingress is not None and (was is None or was.ingress is None))

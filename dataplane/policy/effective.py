@@ -64,14 +64,21 @@ class PodRules:
     ingress: DirectionRules | None
     egress: DirectionRules | None
 
+    @property
+    def isolated(self) -> bool:
+        """Whether a policy isolates it in at least one direction."""
+        return self.ingress is not None or self.egress is not None
+
 
 def effective_rules(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> dict[Key, PodRules]:
-    """The rules of every pod that a policy selects and that runs on the node with `node_ips`.
+    """Every known pod that runs on the node with `node_ips`: selected by a policy, or a live Pod object.
 
-    `node_ips` are packed addresses; None means every node. The result is sorted by pod.
+    `node_ips` are packed addresses; None means every node. The result is sorted by pod. hostNetwork
+    pods are left out: their addresses are the node's.
     """
     selected = _selected(snapshot, node_ips)
-    addresses = _addresses(snapshot, set(selected), node_ips)
+    pods = selected.keys() | _live(snapshot, node_ips)
+    addresses = _addresses(snapshot, pods, node_ips)
     joined = _join(snapshot, frozenset(group for groups in selected.values() for group in groups))
     shared: dict[DirectionRules, DirectionRules] = {}
     united: dict[tuple[frozenset[Group], Direction], DirectionRules | None] = {}
@@ -83,29 +90,13 @@ def effective_rules(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> di
             united[groups, direction] = None if rules is None else shared.setdefault(rules, rules)
         return united[groups, direction]
 
-    return {
-        pod: PodRules(pod, addresses[pod], unite(groups, Direction.INGRESS), unite(groups, Direction.EGRESS))
-        for pod, groups in sorted((pod, frozenset(groups)) for pod, groups in selected.items())
-    }
+    def rules_of(pod: Key) -> PodRules:
+        groups = frozenset(selected.get(pod, ()))
+        return PodRules(
+            pod, addresses[pod], unite(groups, Direction.INGRESS), unite(groups, Direction.EGRESS)
+        )
 
-
-def local_pods(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> dict[Key, tuple[bytes, ...]]:
-    """The live pods of this node that no PolicyEndpoint selects, with their packed addresses.
-
-    They come from Pod objects alone. hostNetwork pods are left out: their addresses are the node's.
-    Together with `effective_rules` this is every pod that is known here; no pod is in both.
-    """
-    policed = _selected(snapshot, node_ips)
-    pods = {
-        pod.key
-        for pod in snapshot.pods
-        if pod.key not in policed
-        and not pod.finished
-        and not pod.host_network
-        and (node_ips is None or not node_ips.isdisjoint(pod.host_ips))
-    }
-    addresses = _addresses(snapshot, pods, node_ips)
-    return {pod: addresses[pod] for pod in sorted(pods)}
+    return {pod: rules_of(pod) for pod in sorted(pods)}
 
 
 def changed_pods(old: Mapping[Key, PodRules], new: Mapping[Key, PodRules]) -> set[Key]:
@@ -128,6 +119,17 @@ def _selected(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> dict[Key
             if node_ips is None or _is_local(known, host_ip, node_ips):
                 selected[pod].add(group)
     return selected
+
+
+def _live(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> set[Key]:
+    """The pods of this node that their Pod objects make known."""
+    return {
+        pod.key
+        for pod in snapshot.pods
+        if not pod.finished
+        and not pod.host_network
+        and (node_ips is None or not node_ips.isdisjoint(pod.host_ips))
+    }
 
 
 def _is_local(known: Pod | None, host_ip: bytes, node_ips: frozenset[bytes]) -> bool:

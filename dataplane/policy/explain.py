@@ -16,7 +16,7 @@ from dataplane.addresses import family_of, format_address, parse_address
 from dataplane.errors import InputError
 from dataplane.model import PROTOCOL_NAMES, PROTOCOLS, Direction, Key, Rule, Snapshot
 from dataplane.policy.compile import Compiler, PodEntry, rule_of
-from dataplane.policy.effective import effective_rules, local_pods
+from dataplane.policy.effective import effective_rules
 from dataplane.reasons import Reason
 from dataplane.verdict import End, Verdict
 
@@ -80,14 +80,10 @@ def known_pods(snapshot: Snapshot, own_node: frozenset[bytes] = frozenset()) -> 
             nodes.setdefault(pod, set()).add(host_ip)
     for pod_object in snapshot.pods:
         nodes.setdefault(pod_object.key, set()).update(pod_object.host_ips)
-    addresses = {
-        **{key: rules.addresses for key, rules in effective_rules(snapshot, None).items()},
-        **local_pods(snapshot, None),
-    }
     peers = {}
-    for key, ips in addresses.items():
+    for key, rules in effective_rules(snapshot, None).items():
         hosts = frozenset(nodes.get(key, ()))
-        peers[key] = Peer(ips, key, hosts | own_node if hosts & own_node else hosts)
+        peers[key] = Peer(rules.addresses, key, hosts | own_node if hosts & own_node else hosts)
     return peers
 
 
@@ -270,16 +266,8 @@ def describe_rules(table: RuleTable, pod: int) -> dict[str, Any]:
 
 def table_of_everything(snapshot: Snapshot, compiler: Compiler) -> RuleTable:
     """One table with every pod the objects name, whatever its node, behind made-up devices."""
-    rules = effective_rules(snapshot, None)
-    addresses = {**local_pods(snapshot, None), **{key: pod.addresses for key, pod in rules.items()}}
     entries = [
-        PodEntry(
-            key=key,
-            addresses=addresses[key],
-            devices=(device,),
-            ingress=rules[key].ingress if key in rules else None,
-            egress=rules[key].egress if key in rules else None,
-        )
-        for device, key in enumerate(sorted(addresses), start=1)
+        PodEntry(key, pod.addresses, (device,), pod.ingress, pod.egress)
+        for device, (key, pod) in enumerate(effective_rules(snapshot, None).items(), start=1)
     ]
     return compiler.table(1, entries, ())

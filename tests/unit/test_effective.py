@@ -10,7 +10,7 @@ import pytest
 from dataplane.addresses import parse_address as address
 from dataplane.addresses import parse_prefix
 from dataplane.model import Direction, Key, Pod, PodEndpoint, PolicyEndpoint, Rule, Snapshot
-from dataplane.policy.effective import changed_pods, effective_rules, local_pods
+from dataplane.policy.effective import PodRules, changed_pods, effective_rules
 
 NODE, OTHER_NODE = "192.0.2.1", "192.0.2.2"
 HERE = frozenset({address(NODE)})
@@ -191,7 +191,6 @@ def test_host_network_entries_are_skipped(entry: PodEndpoint) -> None:
 def test_host_network_pod_is_never_a_subject() -> None:
     objects = snapshot(piece("p-1", "p", endpoint(A, "10.0.0.1")), live(A, NODE, host_network=True))
     assert effective_rules(objects, HERE) == {}
-    assert local_pods(objects, HERE) == {}
 
 
 def test_finished_pod_is_gone_and_its_address_free() -> None:
@@ -237,8 +236,9 @@ def test_a_reused_address_belongs_to_the_newest_live_pod() -> None:
 
 def test_a_reused_address_leaves_the_pod_that_only_a_policy_endpoint_remembers() -> None:
     objects = snapshot(piece("p-1", "p", endpoint(A, "10.0.0.1"), changed_at=99.0), live(B, "10.0.0.1"))
-    assert effective_rules(objects, HERE)[A].addresses == ()
-    assert local_pods(objects, HERE) == {B: (address("10.0.0.1"),)}
+    result = effective_rules(objects, HERE)
+    assert result[A].addresses == ()
+    assert result[B].addresses == (address("10.0.0.1"),)
 
 
 def test_without_pod_objects_the_later_change_has_the_address() -> None:
@@ -265,16 +265,19 @@ def test_order_of_slices_in_the_snapshot_does_not_matter() -> None:
     assert [index for _, index, _ in allowed(results[0][A].ingress)] == [0, 1, 2, 0]
 
 
-def test_local_pods_are_those_no_policy_selects() -> None:
+def test_pods_that_no_policy_selects_are_known_by_their_objects() -> None:
     objects = snapshot(
         piece("p-1", "p", endpoint(A, "10.0.0.1")),
         live(A, "10.0.0.1"),
         live(B, "10.0.0.2", "2001:db8::2"),
         live(C, "10.0.0.3", host=OTHER_NODE),
         live(Key("x", "d"), "10.0.0.4", finished=True),
+        live(Key("x", "e"), NODE, host_network=True),
     )
-    assert local_pods(objects, HERE) == {B: (address("10.0.0.2"), address("2001:db8::2"))}
-    assert set(local_pods(objects, None)) == {B, C}
+    result = effective_rules(objects, HERE)
+    assert result[B] == PodRules(B, (address("10.0.0.2"), address("2001:db8::2")), None, None)
+    assert [(pod, rules.isolated) for pod, rules in result.items()] == [(A, True), (B, False)]
+    assert list(effective_rules(objects, None)) == [A, B, C]
 
 
 def test_changed_pods() -> None:
