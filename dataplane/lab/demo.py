@@ -1,4 +1,4 @@
-"""`podgate lab demo`: the "stars" example of the EKS user guide on this machine, with real packets.
+"""`podgate lab demo`: NetworkPolicies on this machine, with real packets ("stars" of the EKS user guide).
 
 Every step changes the directory that a running agent watches, sends real packets between all pods
 on IPv4 and IPv6, and compares what arrives with what the policies say. A difference ends the demo
@@ -90,22 +90,23 @@ STEPS = (
     ),
     Step(
         "Default deny",
-        "A policy without rules isolates the pods of stars and client: nothing reaches them now, on "
-        "IPv4 or IPv6. The management UI has no policy and stays open.",
+        "A NetworkPolicy without rules isolates the pods of its namespace; stars and client get one each. "
+        "Nothing reaches their pods now, on IPv4 or IPv6. No policy selects the UI: it stays open.",
         TO_UI,
         add="01-default-deny.yaml",
         show=("client>frontend", "management-ui>backend"),
     ),
     Step(
         "The UI may look at every pod",
-        "Policies add up: a connection is allowed when any rule of any policy for the pod matches.",
+        "Policies add up: a connection is allowed when any rule of any policy for the pod matches. These "
+        "allow a whole namespace, on every port.",
         f"{TO_UI} {FROM_UI}",
         add="02-allow-ui.yaml",
         show=("management-ui>frontend", "client>frontend"),
     ),
     Step(
         "The backend serves the frontend",
-        "One address, one port. The client still cannot pass the frontend by.",
+        "Pods chosen by label, one port. The client still cannot pass the frontend by.",
         f"{TO_UI} {FROM_UI} frontend>backend",
         add="03-backend-from-frontend.yaml",
         show=("frontend>backend", "client>backend"),
@@ -113,7 +114,8 @@ STEPS = (
     ),
     Step(
         "The frontend serves the client",
-        "Now the application works, and only along its own path: client, frontend, backend.",
+        "One item with both selectors: those pods in those namespaces. Now the application works, and only "
+        "along its own path: client, frontend, backend.",
         f"{TO_UI} {FROM_UI} frontend>backend client>frontend",
         add="04-frontend-from-client.yaml",
         show=("client>frontend", "client>backend"),
@@ -316,6 +318,7 @@ class _Demo:
         self._title(f"{number}. {step.title}")
         self._say(step.why)
         if step.add:
+            self._policy(step.add)
             self._type(f"cp deploy/examples/stars/{step.add} policies/")
             took = self._change(add=step.add)
             self._say(f"In force after {1000 * took:.0f} ms.", style="dim")
@@ -431,6 +434,13 @@ class _Demo:
                 str(pod.key), str(port), lab.address(pod.key, 4), lab.address(pod.key, 6), one.device
             )
         self._say(table)
+
+    def _policy(self, name: str) -> None:
+        """The file, or its first document where it holds several."""
+        text, more, _ = (self.examples / name).read_text().partition("---\n")
+        show = f"head -n {text.count(chr(10))}" if more else "cat"
+        self._type(f"{show} deploy/examples/stars/{name}")
+        self._say(Text(text.rstrip()))
 
     def _matrix(self, answers: Mapping[tuple[str, str, int], Answer]) -> None:
         table = self._table("from \\ to", *NAMES)

@@ -32,6 +32,10 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
+def _lines(name: str) -> list[str]:
+    return (EXAMPLES / name).read_text().splitlines(keepends=True)
+
+
 def _left(pid: int) -> list[str]:
     """What is left of a demo: namespaces, state, processes."""
     name = f"demo-{pid}"
@@ -56,6 +60,12 @@ def test_the_demo_ends_well_and_leaves_nothing() -> None:
     assert out.isascii(), "colour and drawing characters are for terminals"
     assert out.count("All 24 connections did what the policies say.") == 5
     assert "policy-rule of stars/backend" in out
+    assert "policy-rule of stars/allow-ui" in out
+    assert "policy-rule of stars/frontend" in out, "by the name of the port"
+    shown = "head -n 8 deploy/examples/stars/01-default-deny.yaml\n"
+    assert out.partition(shown)[2].startswith("".join(_lines("01-default-deny.yaml")[:8]))
+    shown = "cat deploy/examples/stars/03-backend-from-frontend.yaml\n"
+    assert out.partition(shown)[2].startswith("".join(_lines("03-backend-from-frontend.yaml")))
     assert "no-rule" in out
     assert "were cut" in out
     assert not _left(process.pid)
@@ -81,8 +91,11 @@ def test_packets_that_do_otherwise_end_the_demo(
 ) -> None:
     examples = tmp_path / "examples"
     shutil.copytree(EXAMPLES, examples)
-    wide = (examples / "03-backend-from-frontend.yaml").read_text()
-    (examples / "03-backend-from-frontend.yaml").write_text(wide.replace("10.1.0.20,", "10.1.0.0/16,"))
+    broken = examples / "03-backend-from-frontend.yaml"
+    text = broken.read_text()
+    frontend, everybody = "matchLabels: {app: frontend}", "matchLabels: {}\n          namespaceSelector: {}"
+    assert text.count(frontend) == 1
+    broken.write_text(text.replace(frontend, everybody))
     began = time.monotonic()
     with pytest.raises(demo.DemoFailed, match="client reaches backend on IPv4, and must not") as failure:
         demo._Demo(lab_name, examples).play()

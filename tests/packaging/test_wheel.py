@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
-EXAMPLES = "share/podgate/examples/stars"
+EXAMPLES = "share/podgate/examples"
 SOURCES = sorted((ROOT / "ext/dataplane").glob("*.pyx"))
 # Translated and compiled from the sdist. The others are translated, which needs every .pxd, but their
 # binaries come from the checkout: that saves a minute.
@@ -119,7 +119,8 @@ def test_the_wheel_holds_what_a_user_needs(built: Built) -> None:
     stubs = {f"dataplane/{source.stem}.pyi" for source in SOURCES}
     extensions = {f"dataplane/{source.stem}{SUFFIX}" for source in SOURCES}
     data = f"podgate-{VERSION}.data/data/{EXAMPLES}"
-    examples = {f"{data}/{path.name}" for path in (ROOT / "deploy/examples/stars").iterdir()}
+    source = ROOT / "deploy/examples"
+    examples = {f"{data}/{path.relative_to(source).as_posix()}" for path in source.rglob("*.yaml")}
     info = f"podgate-{VERSION}.dist-info"
     facts = {
         f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")
@@ -149,7 +150,7 @@ def test_the_wheel_works_outside_of_a_checkout(built: Built, tmp_path: Path) -> 
 
     lookup = "from dataplane.lab.demo import _examples; print(_examples('stars'))"
     examples = Path(run([python, "-c", lookup], tmp_path).strip())
-    assert examples.resolve() == (venv / EXAMPLES).resolve()
+    assert examples.resolve() == (venv / EXAMPLES / "stars").resolve()
     shutil.copytree(examples, tmp_path / "stars")
     for source, port, expected in (
         ("stars/frontend", "6379/TCP", "allow"),
