@@ -7,6 +7,12 @@ alone: equal snapshots give equal PolicyEndpoints, whatever was resolved before.
 Where pods that a policy selects resolve a named port differently, one set of rules cannot serve
 them all; the policy is then written once per group of equal pods (`PolicyEndpoint.port_group`).
 
+A rule whose `to` is empty means any address, and an address has no named ports. Its named ports are
+those of the pods, in any namespace, that have a port of that name and protocol: Kubernetes' own
+conformance tests ask for it ("allow egress access on one named port"). It opens nothing but pods that
+declare the port, at the number they declare; no such pod, nothing is opened. An `ipBlock` stays an
+address, and its named ports are left out.
+
 A PolicyEndpoint holds at most MAX_ENTRIES pods and as many rules per direction. Longer lists are
 cut where an entry's own hash says so, not at every 200th: an entry more or less then changes one or
 two objects, not all that follow.
@@ -23,6 +29,7 @@ from zlib import crc32
 
 from dataplane.addresses import BITS, Prefix
 from dataplane.model import (
+    EVERYTHING,
     ContainerPort,
     IPBlock,
     Key,
@@ -93,15 +100,27 @@ def in_force(snapshot: Snapshot, resolver: Resolver | None = None) -> Snapshot:
 
 @dataclass(eq=False, slots=True)
 class _Query:
-    """The pods of some namespaces that a selector matches, kept as pods come and go."""
+    """The pods of some namespaces that a selector matches, kept as pods come and go.
+
+    With a `port`, only those that have a port of that name.
+    """
 
     namespaces: frozenset[str]
     selector: LabelSelector
-    members: dict[Key, View]
+    port: NamedPort | None
+    members: dict[Key, View] = field(default_factory=dict)
     users: set[Key] = field(default_factory=set)  # policies that depend on it
     _sorted: tuple[View, ...] | None = None
     # Many policies name the same peers: what they look like as entries is worked out once.
     _entries: dict[tuple[PortRange, ...], list[Entry]] = field(default_factory=dict)
+
+    def wants(self, view: View) -> bool:
+        """Whether the pod is to be a member."""
+        return (
+            view.key.namespace in self.namespaces
+            and matches(self.selector, view.labels)
+            and (self.port is None or view.number(self.port) is not None)
+        )
 
     def changed(self) -> None:
         """Its members are others, or look different."""
@@ -123,8 +142,23 @@ class _Query:
             self._entries[ports] = found
         return found
 
+    def numbered(self) -> list[Entry]:
+        """All members' addresses with the number that `port` has on each."""
+        assert self.port is not None
+        return [
+            (address, (), (number,))
+            for view in self.members.values()
+            if (number := view.number(self.port)) is not None
+            for address in view.addresses
+        ]
+
     def tokens(self) -> list[tuple[str | None, str, str]]:
-        """What a pod must have one of to be a member: a namespace (None: any), a label and its value."""
+        """What a pod must have one of to be a member: a namespace (None: any), a label and its value.
+
+        No label's name is empty: without one the value is the name of a port.
+        """
+        if self.port is not None:
+            return [(None, "", self.port.name)]
         namespace = next(iter(self.namespaces)) if len(self.namespaces) == 1 else None
         required = narrowest(self.selector)
         if required is None:
@@ -155,7 +189,7 @@ class Resolver:
         self._index: LabelIndex[View] = LabelIndex()
         self._policies: dict[Key, NetworkPolicy] = {}
         self._normal: dict[Key, NormalPolicy] = {}
-        self._queries: dict[tuple[frozenset[str], LabelSelector], _Query] = {}
+        self._queries: dict[tuple[frozenset[str], LabelSelector, NamedPort | None], _Query] = {}
         self._by_token: defaultdict[tuple[str | None, str, str], list[_Query]] = defaultdict(list)
         self._used: defaultdict[Key, list[_Query]] = defaultdict(list)
         self._selected_namespaces: dict[LabelSelector, frozenset[str]] = {}
@@ -293,6 +327,7 @@ class Resolver:
             tokens: list[tuple[str | None, str, str]] = [(namespace, "", ""), (None, "", "")]
             for name, value in view.labels.items():
                 tokens += ((namespace, name, value), (None, name, value))
+            tokens += {(None, "", port.name) for port in view.ports if port.name}
             for token in tokens:
                 for query in self._by_token.get(token, ()):
                     if id(query) in seen:
@@ -300,11 +335,7 @@ class Resolver:
                     seen.add(id(query))
                     key = view.key
                     was = key in query.members
-                    is_ = (
-                        after is not None
-                        and namespace in query.namespaces
-                        and matches(query.selector, after.labels)
-                    )
+                    is_ = after is not None and query.wants(after)
                     if is_ and after is not None:
                         query.members[key] = after
                     elif was:
@@ -326,18 +357,21 @@ class Resolver:
     def _forget_unused(self, queries: Iterable[_Query]) -> None:
         for query in queries:
             if not query.users:
-                del self._queries[query.namespaces, query.selector]
+                del self._queries[query.namespaces, query.selector, query.port]
                 for token in query.tokens():
                     self._by_token[token].remove(query)
                     if not self._by_token[token]:
                         del self._by_token[token]
 
-    def _select(self, policy: Key, namespaces: frozenset[str], selector: LabelSelector) -> _Query:
-        """The pods a selector matches; from now on `policy` depends on them."""
-        query = self._queries.get((namespaces, selector))
+    def _select(
+        self, policy: Key, namespaces: frozenset[str], selector: LabelSelector, port: NamedPort | None = None
+    ) -> _Query:
+        """The pods a selector matches (and that have a port); from now on `policy` depends on them."""
+        query = self._queries.get((namespaces, selector, port))
         if query is None:
-            members = {view.key: view for view in self._index.select(namespaces, selector)}
-            query = self._queries[namespaces, selector] = _Query(namespaces, selector, members)
+            query = self._queries[namespaces, selector, port] = _Query(namespaces, selector, port)
+            found = self._index.select(namespaces, selector)
+            query.members = {view.key: view for view in found if port is None or query.wants(view)}
             for token in query.tokens():
                 self._by_token[token].append(query)
         if policy not in query.users:
@@ -396,7 +430,8 @@ class Resolver:
         # Addresses have no named ports: what is left are the numbers, and without any, nothing.
         plain = _numbers(rule, lambda _: None)
         if rule.peers is None:
-            return [(cidr, (), plain) for cidr in _ANYBODY] if plain is not None else []
+            anybody: list[Entry] = [(cidr, (), plain) for cidr in _ANYBODY] if plain is not None else []
+            return anybody + self._any_pod(policy, rule)
         entries: list[Entry] = []
         for peer in rule.peers:
             if isinstance(peer, IPBlock):
@@ -414,6 +449,17 @@ class Resolver:
                     if ports is not None:
                         entries += [(address, (), ports) for address in view.addresses]
             entries += self._cluster_ips(policy, namespaces, peer, rule)
+        return entries
+
+    def _any_pod(self, policy: Key, rule: NormalRule) -> list[Entry]:
+        """Whatever pod has a port that `rule`, with any peer, names."""
+        everywhere = self._namespaces_of(EVERYTHING)
+        entries: list[Entry] = []
+        for name in rule.names:
+            entries += self._select(policy, everywhere, EVERYTHING, name).numbered()
+        if entries:
+            peer = PodPeer(EVERYTHING, EVERYTHING)
+            entries += self._cluster_ips(policy, everywhere, peer, rule._replace(numbers=()))
         return entries
 
     def _cluster_ips(

@@ -135,9 +135,9 @@ def end_allows(world: Raw, direction: str, me: Raw | None, address: str, protoco
             for peer in peers:
                 if peer is not None and not peer_matches(world, policy, peer, address, other):
                     continue
-                # Ingress: this pod's own port has the name. Egress: the other pod's, and only where the
-                # rule means that pod as a pod.
-                by_address = peer is None or bool(peer.get("ipBlock"))
+                # Ingress: this pod's own port has the name. Egress: the other pod's, but not where the rule
+                # means that pod by an address.
+                by_address = peer is not None and bool(peer.get("ipBlock"))
                 named = me if direction == "Ingress" else None if by_address else other
                 ports = rule.get("ports") or []
                 if not ports or any(port_matches(entry, protocol, port, named) for entry in ports):

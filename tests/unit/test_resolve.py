@@ -265,12 +265,72 @@ def test_only_restartable_init_containers_serve() -> None:
     assert rules("egress", policy({"egress": [to]}), pod("x/i", "10.0.0.1", init=[{"ports": port}])) == []
 
 
-@pytest.mark.parametrize("peers", [[], [{"ipBlock": {"cidr": "10.0.0.0/8"}}]])
-def test_egress_to_addresses_has_no_named_ports(peers: list[Raw]) -> None:
+def test_egress_to_a_block_has_no_named_ports() -> None:
     a = pod("x/a", "10.0.0.1", ports=HTTP)
-    assert rules("egress", policy({"egress": [{"to": peers, "ports": [{"port": "http"}]}]}), a) == []
-    found = rules("egress", policy({"egress": [{"to": peers, "ports": [{"port": "http"}, {"port": 53}]}]}), a)
-    assert found == [f"{cidr} 53/TCP" for cidr in (["10.0.0.0/8"] if peers else EVERYWHERE)]
+    block = [{"ipBlock": {"cidr": "10.0.0.0/8"}}]
+    assert rules("egress", policy({"egress": [{"to": block, "ports": [{"port": "http"}]}]}), a) == []
+    ports = [{"port": "http"}, {"port": 53}]
+    assert rules("egress", policy({"egress": [{"to": block, "ports": ports}]}), a) == ["10.0.0.0/8 53/TCP"]
+
+
+@pytest.mark.parametrize("to", [{}, {"to": None}, {"to": []}])
+def test_a_named_port_to_anybody_means_the_pods_that_have_it(to: Raw) -> None:
+    raws = [
+        pod("x/a", "10.0.0.1", "fd00::1", ports=HTTP),
+        pod("y/b", "10.0.0.2", ports=[("http", 8080, "TCP"), ("https", 443, "TCP")]),
+        pod("y/udp", "10.0.0.3", ports=[("http", 80, "UDP")]),
+        pod("z/none", "10.0.0.4"),
+        pod("z/done", "10.0.0.5", ports=HTTP, phase="Failed"),
+        pod("z/host", "192.0.2.1", ports=HTTP, host=True),
+    ]
+    having = ["10.0.0.1 80/TCP", "10.0.0.2 8080/TCP", "192.0.2.1 80/TCP", "fd00::1 80/TCP"]
+    assert rules("egress", policy({"egress": [{**to, "ports": [{"port": "http"}]}]}), *raws) == having
+    # Numbers beside the name are anybody's, and open nothing more of the pods.
+    both = policy({"egress": [{**to, "ports": [{"port": "http"}, {"port": 53, "protocol": "UDP"}]}]})
+    assert sorted(rules("egress", both, *raws)) == sorted([*having, "0.0.0.0/0 53/UDP", "::/0 53/UDP"])
+    # A name that no pod has opens nothing.
+    assert rules("egress", policy({"egress": [{**to, "ports": [{"port": "nowhere"}]}]}), *raws) == []
+
+
+def test_the_pods_that_have_a_named_port_come_and_go() -> None:
+    spec = policy({"egress": [{"ports": [{"port": "http"}]}]})
+    client = pod("x/client", "10.0.0.1")
+    steps: list[tuple[list[Raw], list[str]]] = [
+        ([], []),
+        ([pod("y/a", "10.0.0.2", ports=HTTP)], ["10.0.0.2 80/TCP"]),
+        ([pod("y/a", "10.0.0.2", ports=HTTP), pod("y/b", "10.0.0.3")], ["10.0.0.2 80/TCP"]),
+        ([pod("y/a", "10.0.0.2", ports=[("http", 8080, "TCP")])], ["10.0.0.2 8080/TCP"]),
+        ([pod("y/a", "10.0.0.2", ports=[("http", 8080, "UDP")])], []),
+        (
+            [pod("y/a", "10.0.0.9", ports=HTTP), pod("y/b", "10.0.0.3", ports=HTTP)],
+            ["10.0.0.3 80/TCP", "10.0.0.9 80/TCP"],
+        ),
+        ([pod("y/a", "10.0.0.9", ports=HTTP, phase="Succeeded")], []),
+        ([], []),
+    ]
+    resolver = Resolver()
+    for pods, expected in steps:
+        (made,) = resolver.update(snapshot(spec, client, *pods))
+        assert [text(rule) for rule in made.egress] == expected
+
+
+def test_a_named_port_to_anybody_names_the_services_in_front_of_it() -> None:
+    spec = policy({"egress": [{"ports": [{"port": "dns", "protocol": "UDP"}, {"port": 8443}]}]})
+    dns = service(
+        "kube-system/kube-dns",
+        {"k8s-app": "kube-dns"},
+        [
+            {"port": 53, "protocol": "UDP", "targetPort": "dns"},
+            {"port": 443, "protocol": "TCP", "targetPort": 8443},
+        ],
+        "172.20.0.10",
+    )
+    backend = pod("kube-system/c", "10.0.0.2", labels={"k8s-app": "kube-dns"}, ports=[("dns", 5353, "UDP")])
+    anybody = ["0.0.0.0/0 8443/TCP", "::/0 8443/TCP"]
+    assert sorted(rules("egress", spec, dns, backend)) == sorted(
+        [*anybody, "10.0.0.2 5353/UDP", "172.20.0.10 53/UDP"]
+    )
+    assert rules("egress", spec, dns) == anybody
 
 
 def test_named_ports_of_ingress_that_all_pods_have_alike_need_no_groups() -> None:
