@@ -306,3 +306,86 @@ def test_wait_returns_at_once_when_nobody_looked_since_the_change() -> None:
 
     asyncio.run(scenario())
     assert names(store.snapshot()) == [("a", 1)]
+
+
+def test_what_did_not_change_is_the_same_object_in_the_next_snapshot() -> None:
+    store = Store()
+    store.replace("policies", [policy("a"), policy("b")], [])
+    store.replace("pods", [Pod(Key("x", "a")), Pod(Key("x", "b"))], [])
+    before = store.snapshot()
+    store.put("policies", "PolicyEndpoint x/b", policy("b", 2))
+    store.replace("pods", [Pod(Key("x", "b")), Pod(Key("x", "a"))], [])  # read again, and equal
+    after = store.snapshot()
+    assert names(after) == [("a", 1), ("b", 2)]
+    assert after.policy_endpoints[0] is before.policy_endpoints[0]
+    assert after.pods is before.pods
+
+
+def test_single_objects_are_put_and_deleted() -> None:
+    store = Store()
+    store.put("k", "PolicyEndpoint x/a", policy("a"))
+    store.put("k", "PolicyEndpoint x/b", policy("b"))
+    assert names(store.snapshot()) == [("a", 1), ("b", 1)]
+    store.put("k", "PolicyEndpoint x/a", None, [about(policy("a"), "k")])
+    snapshot = store.snapshot()
+    assert names(snapshot) == [("a", 1), ("b", 1)]
+    assert reasons(snapshot) == ["broken; its last good version stays in force"]
+    store.put("k", "PolicyEndpoint x/c", None, [about(policy("c"), "k")])
+    assert reasons(store.snapshot())[1] == "broken; it is not in force"
+    store.put("k", "PolicyEndpoint x/a", policy("a", 2))
+    store.delete("k", "PolicyEndpoint x/c")
+    store.delete("k", "PolicyEndpoint x/b")
+    assert store.snapshot() == Snapshot((policy("a", 2),))
+
+
+def test_putting_what_is_there_already_is_no_change() -> None:
+    store = Store()
+    store.put("k", "PolicyEndpoint x/a", policy("a"))
+    store.snapshot()
+    store.put("k", "PolicyEndpoint x/a", policy("a"))
+    store.delete("k", "PolicyEndpoint x/b")
+    assert store.settled
+    asyncio.run(_expect_no_change(store))
+
+
+async def _expect_no_change(store: Store) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(store.wait_change(), 0.05)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "delete", "replace", "remove", "snapshot"]),
+        st.sampled_from(["o1", "o2"]),
+        st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=4),
+    ),
+    max_size=25,
+)
+
+
+@given(STEPS)
+def test_however_it_came_about_a_snapshot_shows_what_is_there(
+    steps: list[tuple[str, str, list[tuple[str, int]]]],
+) -> None:
+    store = Store()
+    there: dict[str, dict[str, PolicyEndpoint]] = {}
+    for what, origin, objects in steps:
+        if what == "snapshot":
+            store.snapshot()
+        elif what == "remove":
+            store.remove(origin)
+            there.pop(origin, None)
+        elif what == "replace":
+            there[origin] = {name: policy(name, version) for name, version in objects}
+            store.replace(origin, there[origin].values(), [])
+        for name, version in objects if what in ("put", "delete") else []:
+            if what == "put":
+                store.put(origin, f"PolicyEndpoint x/{name}", policy(name, version))
+                there.setdefault(origin, {})[name] = policy(name, version)
+            else:
+                store.delete(origin, f"PolicyEndpoint x/{name}")
+                there.get(origin, {}).pop(name, None)
+    expected: dict[str, PolicyEndpoint] = {}
+    for origin in sorted(there):
+        expected |= there[origin]
+    assert store.snapshot().policy_endpoints == tuple(expected[name] for name in sorted(expected))
