@@ -148,8 +148,8 @@ class Reachability:
         )
 
     def ends(self, port: str, source: int, destination: int) -> tuple[EndVerdict, EndVerdict] | None:
-        """What the egress end and the ingress end of one cell say; None where nothing is judged."""
-        if self.marks[port][source][destination] == NOT_JUDGED:
+        """What the egress end and the ingress end of one cell say; None between addresses outside."""
+        if self.places[source].pod is None and self.places[destination].pod is None:
             return None
         if source == destination:
             return (EndVerdict(Reason.SAME_POD), EndVerdict(Reason.SAME_POD))
