@@ -84,18 +84,19 @@ def _rule(rule: NetworkPolicyRule, policy: Key) -> NormalRule:
     numbers: set[PortRange] = set()
     names: set[NamedPort] = set()
     for port in rule.ports:
-        found = _port(port)
+        found = normal_port(port)
         if isinstance(found, NamedPort):
             names.add(found)
         else:
             numbers.add(found)
-    peers = tuple(peer for each in rule.peers if (peer := _peer(each, policy)) is not None)
+    peers = tuple(peer for each in rule.peers if (peer := normal_peer(each, policy)) is not None)
     return NormalRule(
         peers if rule.peers else None, not rule.ports, tuple(sorted(numbers)), tuple(sorted(names))
     )
 
 
-def _port(port: NetworkPolicyPort) -> PortRange | NamedPort:
+def normal_port(port: NetworkPolicyPort) -> PortRange | NamedPort:
+    """One item of `ports`: protocol TCP and every port where it does not say."""
     protocol = PROTOCOLS["TCP"] if port.protocol is None else port.protocol
     if isinstance(port.port, str):
         return NamedPort(port.port, protocol)
@@ -104,7 +105,8 @@ def _port(port: NetworkPolicyPort) -> PortRange | NamedPort:
     return PortRange(protocol, port.port, port.port if port.end_port is None else port.end_port)
 
 
-def _peer(peer: NetworkPolicyPeer, policy: Key) -> PodPeer | IPBlock | None:
+def normal_peer(peer: NetworkPolicyPeer, policy: Key) -> PodPeer | IPBlock | None:
+    """One item of `from` or `to` of a policy; None where it was bad and matches nothing."""
     if peer.ip_block is not None:
         return peer.ip_block
     if peer.pod_selector is None and peer.namespace_selector is None:

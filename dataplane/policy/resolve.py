@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 from zlib import crc32
@@ -206,7 +206,7 @@ class Resolver:
         ):
             self._forget()
             come, gone = self._compare(snapshot.pods)
-            self._namespaces = _namespaces(snapshot)
+            self._namespaces = namespace_labels(snapshot)
             self._namespace_objects = snapshot.namespaces
             self._services = snapshot.services
             for service in snapshot.services:
@@ -308,13 +308,9 @@ class Resolver:
     def _owns(self, pod: Pod, address: bytes, owners: dict[bytes, Key]) -> bool:
         """Whether `pod` is the newest live pod with `address`; pods on their host's network share it."""
         if address not in owners:
-            owners[address] = max(self._claims[address], key=self._age)
+            owners[address] = max(self._claims[address], key=lambda key: _age(self._pods[key]))
         owner = owners[address]
         return owner == pod.key or (pod.host_network and self._pods[owner].host_network)
-
-    def _age(self, key: Key) -> tuple[float, str, Key]:
-        pod = self._pods[key]
-        return (_NEVER if pod.created_at is None else pod.created_at, pod.uid, key)
 
     def _spread(self, before: View | None, after: View | None) -> set[Key]:
         """Bring the queries up to date with one pod's change; the policies it concerns."""
@@ -514,11 +510,26 @@ def _holds(ranges: Iterable[PortRange], protocol: int, number: int) -> bool:
     return any(each.protocol == protocol and each.first <= number <= each.last for each in ranges)
 
 
+def newest(pods: Collection[Pod]) -> list[Pod]:
+    """Whose an address is, of the live pods that have it: the newest one's.
+
+    Pods on their host's network share theirs.
+    """
+    if len(pods) <= 1:
+        return list(pods)
+    owner = max(pods, key=_age)
+    return [pod for pod in pods if pod is owner or (pod.host_network and owner.host_network)]
+
+
+def _age(pod: Pod) -> tuple[float, str, Key]:
+    return (_NEVER if pod.created_at is None else pod.created_at, pod.uid, pod.key)
+
+
 def _used_namespaces(pods: Iterable[Pod], policies: Iterable[NetworkPolicy]) -> set[str]:
     return {pod.key.namespace for pod in pods} | {policy.key.namespace for policy in policies}
 
 
-def _namespaces(snapshot: Snapshot) -> dict[str, dict[str, str]]:
+def namespace_labels(snapshot: Snapshot) -> dict[str, dict[str, str]]:
     """Labels by namespace; one without an object that a pod, policy or Service is in has its name's."""
     names = _used_namespaces(snapshot.pods, snapshot.network_policies)
     names.update(service.key.namespace for service in snapshot.services)
