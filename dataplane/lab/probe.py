@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple
 
 from dataplane.addresses import family_of, format_address, parse_address
@@ -96,51 +97,96 @@ def probe(
     Ports that a pod does not serve are answered for the duration, so that the matrix shows the
     network and not who happens to listen. hostNetwork pods count as their node's address.
     """
-    wanted = [port if isinstance(port, Port) else Port.parse(port) for port in ports]
-    pods = list(lab.pods.values())
     if family is None:
+        pods = lab.pods.values()
         first = next((pod.ips[0] for pod in pods if pod.wire is not Wire.HOST and pod.ips), lab.node_ips[0])
         family = family_of(first)
-    ends: list[tuple[str, str, bytes, LabPod | None]] = []  # name, namespace, address, pod
-    for pod in pods:
-        address = next((ip for ip in pod.ips if family_of(ip) == family), None)
-        if address is not None:
-            ends.append((str(pod.key), pod.netns, address, pod))
+    return probe_families(lab, ports, (family,), externals, timeout)[family]
+
+
+def probe_families(
+    lab: Lab,
+    ports: Sequence[str | Port] = ("80/TCP",),
+    families: Sequence[int] = (4, 6),
+    externals: Sequence[str] = (),
+    timeout: float = DEFAULT_TIMEOUT,
+) -> dict[int, Matrix]:
+    """The matrix of each family, as `probe` gives it. All are asked at once, under one timeout."""
+    wanted = [port if isinstance(port, Port) else Port.parse(port) for port in ports]
+    asked = [_Table(lab, family, wanted) for family in families]
     for text in externals:
         try:
             address = parse_address(text)
         except ValueError as error:
             raise InputError(f"--external: {error}") from None
-        if family_of(address) != family:
-            raise InputError(f"--external {text}: not an IPv{family} address; see --family")
+        table = next((table for table in asked if table.family == family_of(address)), None)
+        if table is None:
+            named = " or ".join(f"IPv{family}" for family in families)
+            raise InputError(f"--external {text}: not an {named} address; see --family")
         lab.add_external(text)
-        ends.append((text, lab.outside, address, None))
-
-    flows: list[Flow] = []
-    where: list[tuple[Port, int, int]] = []
-    for port in wanted:
-        for row, (_, space, source, pod_a) in enumerate(ends):
-            for column, (_, _, destination, pod_b) in enumerate(ends):
-                if row != column and (pod_a or pod_b):
-                    flows.append(Flow(space, source, destination, port))
-                    where.append((port, row, column))
+        table.ends.append(_End(text, lab.outside, address, pod=False))
     open_ports = {(port.protocol, port.port) for port in wanted if port.protocol != ICMP}
-    with lab.serving(dict.fromkeys(space for _, space, _, _ in ends), open_ports):
-        answers = ask(flows, timeout)
-
-    tables = {
-        str(port): [
-            [ALLOWED if row == column else NOT_JUDGED for column in range(len(ends))]
-            for row in range(len(ends))
-        ]
-        for port in wanted
+    flows = [table.flows() for table in asked]
+    with lab.serving(dict.fromkeys(end.netns for table in asked for end in table.ends), open_ports):
+        answers = iter(ask(list(chain.from_iterable(flows)), timeout))
+    return {
+        table.family: table.matrix(list(islice(answers, len(own))))
+        for table, own in zip(asked, flows, strict=True)
     }
-    for (port, row, column), answer in zip(where, answers, strict=True):
-        tables[str(port)][row][column] = ALLOWED if answer.reached else DENIED
-    return Matrix(
-        tuple(end[0] for end in ends),
-        {port: tuple("".join(cells) for cells in rows) for port, rows in tables.items()},
-    )
+
+
+class _End(NamedTuple):
+    """One row and column of a matrix."""
+
+    name: str
+    netns: str
+    address: bytes
+    pod: bool
+
+
+class _Table:
+    """One family's matrix while it is asked for: every pair but those of two ends outside."""
+
+    def __init__(self, lab: Lab, family: int, ports: Sequence[Port]) -> None:
+        self.family = family
+        self.ports = ports
+        self.ends: list[_End] = []
+        for pod in lab.pods.values():
+            address = next((ip for ip in pod.ips if family_of(ip) == family), None)
+            if address is not None:
+                self.ends.append(_End(str(pod.key), pod.netns, address, pod=True))
+
+    def flows(self) -> list[Flow]:
+        return [
+            Flow(source.netns, source.address, destination.address, port)
+            for port in self.ports
+            for source in self.ends
+            for destination in self.ends
+            if _judged(source, destination)
+        ]
+
+    def matrix(self, answers: Sequence[Answer]) -> Matrix:
+        """`answers` in the order of `flows`."""
+        coming = iter(answers)
+        return Matrix(
+            tuple(end.name for end in self.ends),
+            {
+                str(port): tuple(
+                    "".join(
+                        (ALLOWED if next(coming).reached else DENIED)
+                        if _judged(source, destination)
+                        else (ALLOWED if source is destination else NOT_JUDGED)
+                        for destination in self.ends
+                    )
+                    for source in self.ends
+                )
+                for port in self.ports
+            },
+        )
+
+
+def _judged(source: _End, destination: _End) -> bool:
+    return source is not destination and (source.pod or destination.pod)
 
 
 def connect(
