@@ -99,6 +99,17 @@ class ContainerPort(NamedTuple):
     port: int
 
 
+class Hint(enum.StrEnum):
+    """What a pod's spec tells about whom it will talk to beyond other pods."""
+
+    AWS = "aws"  # AWS_… settings in its environment
+    WEB_IDENTITY = "web-identity"  # credentials from STS, by a projected token (IRSA)
+    POD_IDENTITY = "pod-identity"  # credentials from the Pod Identity agent of its node
+    OWN_CREDENTIALS = "own-credentials"  # keys or a profile are, or may be, in its environment or files
+    OWN_DNS = "own-dns"  # does not ask the cluster's DNS servers
+    NODE_LOCAL_DNS = "node-local-dns"  # asks 169.254.20.10
+
+
 @dataclass(frozen=True, slots=True)
 class Pod:
     """What is needed of a v1 Pod. `ips` are its status.podIPs, empty when it has none yet."""
@@ -114,6 +125,7 @@ class Pod:
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)  # only podgate.dev/…
     ports: tuple[ContainerPort, ...] = ()
+    hints: frozenset[Hint] = frozenset()
 
 
 class Operator(enum.StrEnum):
@@ -191,6 +203,8 @@ class NetworkPolicy:
     ingress: tuple[NetworkPolicyRule, ...] = ()
     egress: tuple[NetworkPolicyRule, ...] = ()
     uid: str = ""
+    annotations: Mapping[str, str] = field(default_factory=dict)  # only podgate.dev/…
+    left_open: tuple[str, ...] = ()  # paths of fields written empty, or left out, where that means everything
 
 
 @dataclass(frozen=True, slots=True)

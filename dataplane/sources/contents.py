@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from dataplane.model import Problem
-from dataplane.sources import networkpolicy, objects
+from dataplane.sources import networkpolicy, objects, store
 from dataplane.sources.fields import identity, show
 from dataplane.sources.store import KubernetesObject
-from dataplane.sources.text import TextError, documents
+from dataplane.sources.text import Located, TextError, documents
 
 _Reader = Callable[[object, str], tuple[KubernetesObject | None, list[Problem]]]
 
@@ -29,6 +29,7 @@ class Contents:
     objects: list[KubernetesObject] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # kind → how many
+    lines: dict[str, int] = field(default_factory=dict)  # identity → where it begins, the last one's
 
 
 def read_contents(data: bytes, source: str, *, only_json: bool = False) -> Contents:
@@ -89,6 +90,8 @@ def _object(kind: str, raw: Mapping[object, object], source: str, place: str, fo
         item, problems = read(raw, source)
         if item is not None:
             found.objects.append(item)
+        if isinstance(raw, Located):
+            found.lines[identity(kind, raw) if item is None else store.identity(item)] = raw.line
     else:
         reason = f"must be {version} for a {kind}, not {show(given)}"
         problems = [Problem(source, identity(kind, raw), "apiVersion", reason)]

@@ -23,16 +23,17 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from inotify_simple import Event, INotify, flags
 
 from dataplane.errors import InputError
 from dataplane.model import Problem, Snapshot
 from dataplane.sources.contents import Contents, read_contents
-from dataplane.sources.store import Store
+from dataplane.sources.store import Store, identity
 
 MAX_FILE = 64 * 1024 * 1024
 MAX_DIRECTORIES = 10_000
@@ -60,6 +61,28 @@ def read_paths(paths: Sequence[Path]) -> Snapshot:
     store = Store()
     DirectorySource(paths, store, watch=False).load()
     return store.snapshot()
+
+
+class Place(NamedTuple):
+    """Where an object is written: a file, and the line it begins in where that is known."""
+
+    source: str
+    line: int | None
+
+
+def read_places(paths: Sequence[Path]) -> tuple[Snapshot, dict[str, Place]]:
+    """`read_paths`, and where each object that has a name is written, by identity (`store.identity`)."""
+    store = Store()
+    places: dict[str, Place] = {}
+
+    def note(origin: str, contents: Contents) -> None:
+        for name in {*map(identity, contents.objects), *contents.lines}:
+            # Of several files that hold an object the last by name counts, as in the store.
+            if name not in places or places[name].source <= origin:
+                places[name] = Place(origin, contents.lines.get(name))
+
+    DirectorySource(paths, store, watch=False, note=note).load()
+    return store.snapshot(), places
 
 
 @dataclass(slots=True)
@@ -115,12 +138,20 @@ class DirectorySource:
     """Keeps `store` in step with files and directories. One origin per file."""
 
     def __init__(
-        self, paths: Sequence[Path], store: Store, *, hold: float = HOLD, watch: bool = True
+        self,
+        paths: Sequence[Path],
+        store: Store,
+        *,
+        hold: float = HOLD,
+        watch: bool = True,
+        note: Callable[[str, Contents], None] | None = None,
     ) -> None:
+        """`note` is told what each file holds when it is read."""
         self._roots = [os.path.abspath(path) for path in paths]
         self._shown = {os.path.abspath(path): str(path) for path in paths}
         self._store = store
         self._hold = hold
+        self._note = note
         self._known: dict[str, _File] = {}  # by the path it is read by
         self._broken: dict[str, str] = {}
         self._writing: dict[str, float] = {}  # real path → until when it is left alone (monotonic)
@@ -303,6 +334,8 @@ class DirectorySource:
                 self._store.remove(change.origin)
             else:
                 self._store.replace(change.origin, change.contents.objects, change.contents.problems)
+                if self._note is not None:
+                    self._note(change.origin, change.contents)
         self._skipped = Counter()
         for known in self._known.values():
             self._skipped.update(known.skipped)

@@ -14,6 +14,7 @@ from dataplane.addresses import Prefix, parse_address, parse_prefix
 from dataplane.model import PROTOCOLS, Key, Problem
 
 CLUSTER_SCOPED = {"Namespace"}
+OWN_PREFIX = "podgate.dev/"  # of annotations
 MAX_PROBLEMS = 50  # per object: 100,000 bad rules must not become 100,000 log lines
 
 _T = TypeVar("_T")
@@ -220,6 +221,19 @@ def labels_of(metadata: Mapping[object, object], report: Report) -> dict[str, st
         else:
             report.add(f"metadata.labels[{path_of(name)}]", f"{show(value)} is not a label; it is not used")
     return labels
+
+
+def annotations_of(metadata: Mapping[object, object], report: Report) -> dict[str, str]:
+    """Those of `metadata.annotations` that are podgate's; what is no text is reported and left out."""
+    annotations: dict[str, str] = {}
+    for name, value in entries_of(metadata, "annotations", report):
+        if not isinstance(name, str) or not name.startswith(OWN_PREFIX):
+            continue
+        if isinstance(value, str) and LABEL_KEY.fullmatch(name) and is_text(value):
+            annotations[name] = value
+        else:
+            report.add(f"metadata.annotations[{path_of(name)}]", f"{show(value)} is not text; it is not used")
+    return annotations
 
 
 def entries_of(

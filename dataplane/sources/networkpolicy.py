@@ -10,7 +10,7 @@ isolates; its last good version then stays in force.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from dataplane.model import (
     EVERYTHING,
@@ -36,6 +36,7 @@ from dataplane.sources.fields import (
     BadFieldError,
     Report,
     address_of,
+    annotations_of,
     entries_of,
     excepts_of,
     key_of,
@@ -133,7 +134,24 @@ def _network_policy(raw: object, report: Report) -> NetworkPolicy:
         ingress=_rules(spec, "ingress", "from", report),
         egress=_rules(spec, "egress", "to", report),
         uid=optional(metadata, "metadata", "uid", text_of, report) or "",
+        annotations=annotations_of(metadata, report),
+        left_open=tuple(_left_open(spec)),
     )
+
+
+def _left_open(spec: Mapping[object, object]) -> Iterator[str]:
+    """Where nothing is written and everything is meant by it, by the API's own rules."""
+    if spec.get("podSelector") is None:
+        yield "spec.podSelector"
+    if spec.get("egress") == [] and not spec.get("policyTypes"):
+        yield "spec.egress"  # it does not even isolate, unlike `ingress: []`
+    for name, peers in (("ingress", "from"), ("egress", "to")):
+        rules = spec.get(name)
+        for index, rule in enumerate(rules if isinstance(rules, list) else ()):
+            if isinstance(rule, Mapping):
+                for member in (peers, "ports"):
+                    if rule.get(member) == []:
+                        yield f"spec.{name}[{index}].{member}"
 
 
 def _policy_types(spec: Mapping[object, object], report: Report) -> frozenset[Direction] | None:

@@ -29,16 +29,14 @@ from dataplane.model import (
 )
 from dataplane.sources.fields import (
     LABEL,
-    LABEL_KEY,
     LABEL_VALUE,
     SUBDOMAIN,
     BadFieldError,
     Report,
     address_of,
+    annotations_of,
     boolean_of,
-    entries_of,
     excepts_of,
-    is_text,
     key_of,
     known_fields,
     labels_of,
@@ -54,10 +52,10 @@ from dataplane.sources.fields import (
     show,
     text_of,
 )
+from dataplane.sources.hints import hints_of
 
 PORT_GROUP_LABEL = "podgate.dev/port-group"
 CHANGED_ANNOTATION = "networking.k8s.aws/last-change-trigger-time"
-OWN_PREFIX = "podgate.dev/"
 
 _TIME = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[Tt](\d\d):(\d\d):(\d\d)(\.\d{1,9})?(?:[Zz]|([+-])(\d\d):(\d\d))", re.ASCII
@@ -297,8 +295,9 @@ def _pod(raw: object, report: Report) -> Pod:
         finished=phase in ("Succeeded", "Failed"),
         created_at=created_at,
         labels=labels_of(metadata, report),
-        annotations=_annotations(metadata, report),
+        annotations=annotations_of(metadata, report),
         ports=_container_ports(spec, report),
+        hints=hints_of(spec),
     )
 
 
@@ -321,18 +320,6 @@ def _status_addresses(
         if address is not None:
             addresses[address] = None
     return tuple(addresses)
-
-
-def _annotations(metadata: Mapping[object, object], report: Report) -> dict[str, str]:
-    annotations: dict[str, str] = {}
-    for name, value in entries_of(metadata, "annotations", report):
-        if not isinstance(name, str) or not name.startswith(OWN_PREFIX):
-            continue
-        if isinstance(value, str) and LABEL_KEY.fullmatch(name) and is_text(value):
-            annotations[name] = value
-        else:
-            report.add(f"metadata.annotations[{path_of(name)}]", f"{show(value)} is not text; it is not used")
-    return annotations
 
 
 def _container_ports(spec: Mapping[object, object], report: Report) -> tuple[ContainerPort, ...]:

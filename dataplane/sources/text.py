@@ -48,6 +48,13 @@ class Unreadable:
         return self.reason
 
 
+class Located(dict[str, object]):
+    """A map that knows the line of its file it begins in: a document, or an item of a List."""
+
+    __slots__ = ("line",)
+    line: int
+
+
 def documents(data: bytes, *, only_json: bool = False) -> Iterator[object | TextError]:
     """The documents of a file in order; one that cannot be parsed is given as a TextError.
 
@@ -98,15 +105,21 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 def _json(text: str) -> Iterator[object]:
     """One JSON value, or several one after another (as `jq` prints them)."""
     position = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches anything
+    line = 1 + text.count("\n", 0, position)
     while position < len(text):
+        start = position
         try:
             value, position = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise TextError(f"line {error.lineno}: not JSON: {error.msg}") from None
         except RecursionError:
             raise TextError("nested too deep") from None
+        if isinstance(value, dict):
+            value = Located(value)
+            value.line = line
         yield value
         position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
+        line += text.count("\n", start, position)
 
 
 # --- YAML -----------------------------------------------------------------------------------------
@@ -131,14 +144,14 @@ def _pieces(text: str) -> Iterator[str]:
 def _yaml(text: str, line: int) -> Iterator[object | TextError]:
     """The documents of one piece; `line` lines come before it in the file."""
     parser = CParser(text)
-    builder = _Builder()
+    builder = _Builder(line)
     try:
         while (event := parser.get_event()) is not None:
             builder.feed(event)
             if isinstance(event, yaml.DocumentEndEvent):
                 if builder.document is not None:
                     yield builder.document
-                builder = _Builder()
+                builder = _Builder(line)
     except TextError as error:
         mark = event.start_mark if event is not None else None
         where = f"line {line + mark.line + 1}: " if mark is not None else ""
@@ -156,13 +169,16 @@ def _yaml(text: str, line: int) -> Iterator[object | TextError]:
 class _Frame:
     """A map or list under construction."""
 
-    __slots__ = ("anchor", "first", "items", "key", "members", "merges", "twice")
+    __slots__ = ("anchor", "first", "items", "key", "members", "merges", "of_list", "twice")
 
-    def __init__(self, anchor: str | None, first: int, *, is_map: bool) -> None:
+    def __init__(
+        self, anchor: str | None, first: int, members: dict[str, object] | None, *, of_list: bool
+    ) -> None:
         self.anchor = anchor
         self.first = first  # the number of values before it
         self.items: list[object] = []
-        self.members: dict[str, object] | None = {} if is_map else None
+        self.members = members  # None: it is a list
+        self.of_list = of_list  # the `items` of a document, and so the objects of a List
         self.key: str | None = None  # waits for its value
         self.merges: list[object] = []  # values of the key `<<`
         self.twice = ""
@@ -183,8 +199,9 @@ class _Frame:
 class _Builder:
     """One document from its events, without recursion: depth costs no stack."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: int) -> None:
         self.document: object = None
+        self._line = line  # how many lines come before it in the file
         self._open: list[_Frame] = []
         self._anchors: dict[str, tuple[object, int]] = {}  # value, how many values it stands for
         self._values = 0
@@ -214,7 +231,15 @@ class _Builder:
             raise TextError("a map's key must be text")
         if len(self._open) >= MAX_DEPTH:
             raise TextError(f"nested deeper than {MAX_DEPTH} levels")
-        self._open.append(_Frame(event.anchor, self._count(1), is_map=is_map))
+        frame = self._open[-1] if self._open else None
+        members: dict[str, object] | None = None
+        if is_map and (frame is None or frame.of_list):
+            members = located = Located()
+            located.line = self._line + (event.start_mark.line if event.start_mark else 0) + 1
+        elif is_map:
+            members = {}
+        of_list = not is_map and len(self._open) == 1 and frame is not None and frame.key == "items"
+        self._open.append(_Frame(event.anchor, self._count(1), members, of_list=of_list))
 
     def _count(self, values: int) -> int:
         """Count values in; returns how many came before."""

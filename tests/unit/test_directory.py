@@ -15,7 +15,7 @@ import pytest
 from dataplane.errors import InputError
 from dataplane.model import Snapshot
 from dataplane.sources import directory
-from dataplane.sources.directory import DirectorySource, read_paths
+from dataplane.sources.directory import DirectorySource, Place, read_paths, read_places
 from dataplane.sources.store import Store
 
 
@@ -513,3 +513,42 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     before = inotifies()
     run(scenario())
     assert inotifies() == before
+
+
+def test_places_name_the_file_and_the_line_an_object_begins_in(tmp_path: Path) -> None:
+    text = (
+        "# a comment\n"
+        "kind: Namespace\n"
+        "apiVersion: v1\n"
+        "metadata: {name: a}\n"
+        "---\n"
+        "---\n"
+        "\n"
+        "apiVersion: v1\n"
+        "kind: List\n"
+        "items:\n"
+        "- kind: Namespace\n"
+        "  metadata: {name: b}\n"
+        "- kind: Pod\n"
+        "  metadata: {name: c, namespace: b}\n"
+        "- {kind: NetworkPolicy, metadata: {name: bad}, spec: {podSelector: 3}}\n"
+    )
+    (tmp_path / "1.yaml").write_text(text)
+    one_line = '{"kind": "Namespace", "metadata": {"name": "%s"}}'
+    (tmp_path / "2.json").write_text("\n" + one_line % "d" + "\n" + one_line % "a")
+    snapshot, places = read_places([tmp_path])
+    assert [namespace.name for namespace in snapshot.namespaces] == ["a", "b", "d"]
+    first, second = str(tmp_path / "1.yaml"), str(tmp_path / "2.json")
+    assert places == {
+        "Namespace a": Place(second, 3),  # of several files the last counts
+        "Namespace b": Place(first, 11),
+        "Pod b/c": Place(first, 13),
+        "NetworkPolicy default/bad": Place(first, 15),
+        "Namespace d": Place(second, 2),
+    }
+
+
+def test_objects_of_a_json_list_have_a_file_and_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text('{"kind": "List", "items": [\n{"kind": "Namespace", "metadata": {"name": "a"}}]}')
+    assert read_places([path])[1] == {"Namespace a": Place(str(path), None)}
