@@ -18,6 +18,7 @@ COMMANDS = {
     "status": "status",
     "resolve": "resolve",
     "explain": "explain",
+    "matrix": "matrix",
     "rules": "rules",
     "flows": "flows",
     "doctor": "doctor",

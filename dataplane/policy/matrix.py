@@ -126,12 +126,11 @@ def _ends(
             else {},
         )
         ends.append(_pod_end(place, peer, table, compiled.get(key)))
+    if left_out and not ends:
+        raise InputError(f"no pod has an IPv{family} address; see --family")
     if not ends:
-        without = f"none of the {len(left_out)} pods has an IPv{family} address; see --family"
         raise InputError(
-            without
-            if left_out
-            else "no pod among these objects: give the cluster's pods too, for example from"
+            "no pod among these objects: give the cluster's pods too, for example from"
             " `kubectl get netpol,pods,ns,svc -A -o yaml`"
         )
     ends += _external_ends(externals, family, ends)
