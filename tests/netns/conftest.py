@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conformance import ALL, Cluster, Step
 from objects import Object, pod, pod_object
 
 from dataplane.addresses import format_address
@@ -51,11 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 LabFactory = Callable[..., Lab]
 
 
+def _unused_name() -> str:
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw")
+    return f"t{os.getpid():x}{worker}{next(_numbers)}"
+
+
 @pytest.fixture
 def lab_name() -> str:
     """A lab name that no other test, worker or run uses at this time."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw")
-    return f"t{os.getpid():x}{worker}{next(_numbers)}"
+    return _unused_name()
 
 
 @pytest.fixture
@@ -129,6 +134,13 @@ class RunningAgent:
     def terminate(self) -> int:
         """SIGTERM, as Kubernetes does; the exit status."""
         return self._end(signal.SIGTERM)
+
+    def end(self) -> None:
+        """Whatever state it is in, it does not outlive the test."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait()
 
     def _end(self, number: int) -> int:
         assert self.process is not None
@@ -249,10 +261,26 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentFactory]:
 
     yield make
     for one in made:
-        if one.process is not None:
-            if one.process.poll() is None:
-                one.process.kill()
-            one.process.wait()
+        one.end()
+
+
+@pytest.fixture(scope="module")
+def _shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Lab.up(_unused_name(), Cluster.pods()) as lab:
+        running = RunningAgent(lab, tmp_path_factory.mktemp("agent"), ())
+        try:
+            cluster = Cluster(lab, running)
+            cluster.start()
+            yield cluster
+        finally:
+            running.end()
+
+
+@pytest.fixture
+def cluster(_shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster of the conformance tables, without policies; one for a whole module."""
+    yield _shared_cluster
+    _shared_cluster.put(Step(ALL))
 
 
 @pytest.fixture(scope="session")

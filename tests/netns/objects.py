@@ -7,7 +7,7 @@ agent.write(policy("x", "web", pods=select(lab, "x/a"), ingress=[rule("10.1.0.3"
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dataplane.addresses import family_of, format_address, parse_address
@@ -26,13 +26,15 @@ def pod(
     ports: Iterable[str] = DEFAULT_PORTS,
     host_network: bool = False,
 ) -> Pod:
-    """A pod for a lab: `namespace/name`; without addresses the lab gives it some."""
-    wanted = [Port.parse(port) for port in ports]
+    """A pod for a lab: `namespace/name`; without addresses the lab gives it some.
+
+    Ports as `80/TCP`, or `http=80/TCP` with the name it has in the Pod.
+    """
     return Pod(
         Key(*name.split("/")),
         ips=tuple(parse_address(ip) for ip in ips),
         host_network=host_network,
-        ports=tuple(ContainerPort(None, port.protocol, port.port) for port in wanted),
+        ports=tuple(_container_port(port) for port in ports),
     )
 
 
@@ -111,14 +113,29 @@ def deny(lab: Lab, *pods: str, name: str = "default-deny", directions: str = "in
     return policy(pods[0].split("/")[0], name, select(lab, *pods), isolate=isolate)
 
 
-def pod_object(lab: Lab, one: LabPod) -> Object:
+def network_policy(name: str, spec: Object) -> Object:
+    """A NetworkPolicy, `namespace/name`."""
+    namespace, _, own = name.partition("/")
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": own, "namespace": namespace},
+        "spec": spec,
+    }
+
+
+def pod_object(lab: Lab, one: LabPod, labels: Mapping[str, str] | None = None) -> Object:
     """The v1 Pod of a lab's pod."""
-    ports = [{"containerPort": port.port, "protocol": PROTOCOL_NAMES[port.protocol]} for port in one.ports]
+    ports: list[Object] = [
+        {"containerPort": port.port, "protocol": PROTOCOL_NAMES[port.protocol]}
+        | ({"name": port.name} if port.name else {})
+        for port in one.ports
+    ]
     host = one.netns == lab.node
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": one.key.name, "namespace": one.key.namespace},
+        "metadata": {"name": one.key.name, "namespace": one.key.namespace, "labels": dict(labels or {})},
         "spec": {"hostNetwork": host, "containers": [{"name": "main", "image": "-", "ports": ports}]},
         "status": {
             "phase": "Running",
@@ -138,6 +155,12 @@ def until(condition: Callable[[], Any], timeout: float = 5.0, what: str = "") ->
         if time.monotonic() >= deadline:
             raise AssertionError(f"not within {timeout} s: {what or condition}")
         time.sleep(0.01)
+
+
+def _container_port(text: str) -> ContainerPort:
+    name, _, port = text.rpartition("=")
+    parsed = Port.parse(port)
+    return ContainerPort(name or None, parsed.protocol, parsed.port)
 
 
 def _host_ip(lab: Lab, family: int) -> str:

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 from conftest import AgentFactory, LabFactory
-from objects import Object
+from objects import network_policy
 
 from dataplane.lab.probe import probe
 
 pytestmark = pytest.mark.netns
-
-
-def network_policy(name: str, **spec: object) -> Object:
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": name, "namespace": "x"},
-        "spec": spec,
-    }
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -33,9 +24,9 @@ def test_a_policy_takes_effect_changes_and_goes(lab: LabFactory, agent: AgentFac
     everything = reached()
     assert len(everything) == 6
     to_x = {(a, b) for a, b in everything if b.startswith("x/")}
-    daemon.write(network_policy("web", podSelector={}, ingress=[{"from": [{"podSelector": {}}]}]))
+    daemon.write(network_policy("x/web", {"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}]}]}))
     assert reached() == everything - {("y/a", "x/a"), ("y/a", "x/b")}
-    daemon.write(network_policy("web", podSelector={}, policyTypes=["Ingress"]))
+    daemon.write(network_policy("x/web", {"podSelector": {}, "policyTypes": ["Ingress"]}))
     assert reached() == everything - to_x
     answer = daemon.podgate("explain", "--from", "y/a", "--to", "x/a", "--port", "80/TCP", "--expect", "deny")
     assert "no-rule" in answer.stdout
