@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conformance import ALL, Cluster, Step
-from objects import Object, pod, pod_object
+from objects import Object, PodLabels, pod, pod_object
 
 from dataplane.addresses import format_address
 from dataplane.cli.client import ask
@@ -196,9 +196,10 @@ class RunningAgent:
     def remove(self, file: str = "policies.yaml", *, wait: bool = True) -> None:
         self._change((self.directory / file).unlink, wait)
 
-    def write_pods(self, *, wait: bool = True) -> None:
+    def write_pods(self, labels: PodLabels | None = None, *, wait: bool = True) -> None:
         """Write the Pod objects of the lab as it is now."""
-        objects = [pod_object(self.lab, one) for one in self.lab.pods.values()]
+        known = labels or {}
+        objects = [pod_object(self.lab, one, known.get(str(key))) for key, one in self.lab.pods.items()]
         self.write(*objects, file="pods.yaml", wait=wait)
 
     def _change(self, act: Callable[[], object], wait: bool) -> None:

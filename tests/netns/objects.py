@@ -17,6 +17,7 @@ from dataplane.lab.world import Lab
 from dataplane.model import PROTOCOL_NAMES, ContainerPort, Key, Pod
 
 Object = dict[str, Any]
+PodLabels = Mapping[str, Mapping[str, str]]  # by `namespace/name`
 DEFAULT_PORTS = ("80/TCP", "80/UDP", "80/SCTP")
 
 

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 from conftest import AgentFactory, LabFactory
-from objects import allow, anywhere, deny, pod, policy, rule, select, until
+from objects import Object, allow, anywhere, deny, network_policy, pod, policy, rule, select, until
 from packets import af, check, conntrack, counter
 
 from dataplane.lab.probe import connect
@@ -186,6 +186,43 @@ def test_policy_sees_the_port_behind_a_service(
     rules = [*services, *allow(one, "x/b", ports=ports)]
     running.write(policy("x", "a", select(one, "x/a"), egress=rules))
     check(one, *(("x/a", SERVICE[family], " ".join(ports), "XXX") for family in (4, 6)))
+
+
+def test_networkpolicies_name_the_port_behind_a_service(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", pod("x/b", ports=["http=8080/TCP"])])
+    for family in (4, 6):
+        service(one, family, "x/b", 8080)
+    front = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "front", "namespace": "x"},
+        "spec": {
+            "selector": {"app": "b"},
+            "clusterIPs": list(SERVICE.values()),
+            "ports": [{"port": 80, "targetPort": "http"}],
+        },
+    }
+
+    def policies(port: str | int) -> list[Object]:
+        ports = [{"port": port}]
+        a, b = ({"podSelector": {"matchLabels": {"app": name}}} for name in "ab")
+        return [
+            network_policy("x/a", {**a, "policyTypes": ["Egress"], "egress": [{"to": [b], "ports": ports}]}),
+            network_policy("x/b", {**b, "ingress": [{"from": [a], "ports": ports}]}),
+        ]
+
+    daemon = agent(one, front, *policies("http"))
+    daemon.write_pods({"x/a": {"app": "a"}, "x/b": {"app": "b"}})
+    through, direct = (
+        [("x/a", SERVICE[family], "80/TCP") for family in (4, 6)],
+        ("x/a", "x/b", "8080/TCP 80/TCP"),
+    )
+    for port in ("http", 8080):
+        daemon.write(front, *policies(port))
+        check(one, *((*each, ".") for each in through), (*direct, ".X"))
+    # The Service's own port means the pod's port of that number, which nobody asked for.
+    daemon.write(front, *policies(80))
+    check(one, *((*each, "X") for each in through), (*direct, "X."))
 
 
 @FAMILY

@@ -249,6 +249,8 @@ FROM_Y = {"namespaceSelector": namespace("y")}
         ([ingress(FROM_Y, ports=[{"port": "serve-80-tcp"}])], 80, "TCP", to_a("y")),
         ([egress(FROM_Y, ports=[{"port": "serve-80-tcp"}])], 80, "TCP", from_a("y")),
         ([egress(FROM_Y, ports=[{"port": "serve-80-tcp"}])], 81, "TCP", from_a()),
+        ([egress(ports=[{"port": "serve-80-tcp"}])], 80, "TCP", from_a("x", "y", "z")),
+        ([egress(ports=[{"port": "serve-80-tcp"}])], 81, "TCP", from_a()),
         # A protocol without a port; another protocol.
         ([ingress(ports=[{"protocol": "UDP"}])], 81, "UDP", to_a("x", "y", "z")),
         ([ingress(ports=[{"protocol": "UDP"}])], 81, "TCP", to_a()),
