@@ -8,12 +8,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_resolve_vs_naive import DIFFERING_PORTS, EXTERNAL, Raw, snapshot_of, worlds
 
-from dataplane.addresses import format_address
 from dataplane.policy.compile import Compiler
 from dataplane.policy.explain import (
+    Peer,
     describe_rule,
     explain,
-    find_peer,
     known_pods,
     parse_port,
     table_of_everything,
@@ -58,11 +57,9 @@ def test_every_cell_is_what_explain_says(world: Raw, family: int) -> None:
         return
     externals = (EXTERNAL[family == 6], *(node[family] for node in NODES))
     result = reachability(snapshot, [parse_port(port) for port in PORTS], externals, family)
-    # explain knows a hostNetwork pod by its node's address only.
-    peers = [
-        find_peer(place.name if place.pod in known else format_address(place.address), known, "")
-        for place in result.places
-    ]
+    # A hostNetwork pod is its node's address, and no pod.
+    peers = [known.get(place.pod) or Peer((place.address,)) for place in result.places if place.pod]
+    peers += [Peer((place.address,)) for place in result.places if not place.pod]
     cells = result.matrix().cells
     for port in PORTS:
         for row, source in enumerate(peers):

@@ -206,8 +206,9 @@ def test_the_address_of_a_node_is_the_own_node_of_its_pods_only() -> None:
 
 
 def test_a_pod_without_ips_on_its_hosts_network_counts_as_the_node() -> None:
-    result = reach(pods=(A, pod("y/agent", host_network=True)))
-    assert result.places[1].address == parse_address("192.0.2.1")
+    result = reach(pods=(A, pod("y/agent", host_network=True)), externals=("192.0.2.1",))
+    assert result.order == ("x/a", "y/agent", "192.0.2.1")
+    assert result.places[1].address == result.places[2].address == parse_address("192.0.2.1")
 
 
 def test_ends_name_the_policy_and_rule_that_decided() -> None:
