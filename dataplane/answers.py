@@ -5,32 +5,45 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from dataplane._engine import judge_flow
 from dataplane._rules import RuleTable
 from dataplane.addresses import format_address
+from dataplane.config import PodNames
 from dataplane.enforcement import Enforcement
 from dataplane.errors import InputError, KernelError
-from dataplane.model import Key
+from dataplane.model import Key, Pod
 from dataplane.node import conntrack
 from dataplane.observe.control import Answer, Query, Stream
 from dataplane.observe.events import CAPTURE, deciding_policy, describe_event, pod_name, protocol_name
-from dataplane.plan import node_addresses
-from dataplane.policy.explain import describe_rules, explain, find_peer, known_pods, parse_family, parse_port
+from dataplane.plan import Plan, node_addresses
+from dataplane.policy.explain import describe_rules
+from dataplane.policy.explainer import Explainer
 
 EVENT_SECONDS = 0.02  # how often the event rings are emptied while somebody reads
 READER_EVENTS = 8192  # how far a reader may lag before it loses records
 
 
+class Source(Protocol):
+    """Where the objects come from, as far as people ask."""
+
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def problems(self) -> Sequence[str]: ...
+
+
 class Answers:
     """Reads the state of enforcement; changes nothing but how many events are captured."""
 
-    def __init__(self, enforcement: Enforcement) -> None:
+    def __init__(self, enforcement: Enforcement, source: Source) -> None:
         self.enforcement = enforcement
+        self.source = source
         self._readers: dict[asyncio.Queue[dict[str, Any]], str] = {}
         self._pump: asyncio.Task[None] | None = None
+        self._named: tuple[Plan | None, tuple[Pod, ...], Mapping[bytes, Key]] = (None, (), {})
 
     def by_name(self) -> Mapping[str, Answer]:
         """The single answers, by path."""
@@ -53,7 +66,7 @@ class Answers:
         for worker in now.queues.workers:
             for (_allow, _direction, reason), (packets, _bytes) in worker.counters().items():
                 counters[reason.text] += packets
-        problems = now.all_faults
+        problems = [*self.source.problems, *now.all_faults]
         if now.refused:
             problems.append(now.refused)
         if plan is not None:
@@ -80,7 +93,7 @@ class Answers:
                 )
         variant = now.steering.variant
         return {
-            "ready": now.ready,
+            "ready": now.ready and self.source.ready,
             "generation": now.generation,
             "mode": str(now.config.mode),
             "fail": str(now.config.fail),
@@ -106,16 +119,22 @@ class Answers:
         raise InputError(f"{name}: no such pod with an interface on this node; known here: {known}")
 
     async def explain(self, query: Query) -> dict[str, Any]:
-        """The verdict for one packet, by the rules in force."""
-        now = self.enforcement
-        pods = known_pods(now.snapshot, node_addresses(now.config, now.interfaces.state))
-        return explain(
-            self._table(),
-            find_peer(query.get("from", ""), pods, "--from"),
-            find_peer(query.get("to", ""), pods, "--to"),
-            parse_port(query.get("port", "")),
-            parse_family(query.get("family")),
-        )
+        """The verdict for one packet, by the rules in force, and why."""
+        now, table = self.enforcement, self._table()
+        known, resolved = now.known, now.snapshot
+        own_node = node_addresses(now.config, now.interfaces.state)
+
+        def answer() -> dict[str, Any]:
+            return Explainer(table, known, resolved, own_node).explain(
+                query.get("from", ""),
+                query.get("to", ""),
+                query.get("port", ""),
+                query.get("family"),
+                everything=query.get("all") == "yes",
+            )
+
+        # It goes through every object: events and changes of policy must not wait for it.
+        return await asyncio.to_thread(answer)
 
     async def flows(self, _query: Query) -> list[dict[str, Any]]:
         """Live flows from conntrack that touch a pod of this node, with their verdict now."""
@@ -152,10 +171,19 @@ class Answers:
             )
         return rows
 
-    def _names(self) -> dict[bytes, Key]:
-        plan = self.enforcement.in_force
-        pods = plan.pods if plan else {}
-        return {address: key for key, pod in pods.items() for address in pod.addresses}
+    def _names(self) -> Mapping[bytes, Key]:
+        """The pods that addresses belong to: this node's, and with `--pod-names cluster` all others'."""
+        plan, pods = self.enforcement.in_force, self.enforcement.snapshot.pods
+        if self._named[:2] != (plan, pods):  # compares objects that are most often the same
+            names: dict[bytes, Key] = {}
+            if self.enforcement.config.pod_names is PodNames.CLUSTER:
+                for pod in pods:
+                    if not pod.finished and not pod.host_network:
+                        names.update(dict.fromkeys(pod.ips, pod.key))
+            for key, addresses in plan.addresses.items() if plan else ():
+                names.update(dict.fromkeys(addresses, key))
+            self._named = (plan, pods, names)
+        return self._named[2]
 
     def events(self, query: Query) -> AsyncIterator[dict[str, Any]]:
         """Live verdicts while somebody reads. `capture`: denied, misses (the default) or all."""

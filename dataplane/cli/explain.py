@@ -1,4 +1,4 @@
-"""`podgate explain`: the engine's verdict for one packet, and why."""
+"""`podgate explain`: the engine's verdict for one packet, why, and what would allow it."""
 
 from __future__ import annotations
 
@@ -18,30 +18,21 @@ class NotAsExpected(PodgateError):
     exit_code = 1
 
 
-def _from_files(paths: tuple[Path, ...], source: str, destination: str, port: str, family: str | None) -> Any:
+def _from_files(
+    paths: tuple[Path, ...], source: str, destination: str, port: str, family: str | None, everything: bool
+) -> Any:
     from dataplane.policy.compile import Compiler
-    from dataplane.policy.explain import (
-        explain,
-        find_peer,
-        known_pods,
-        parse_family,
-        parse_port,
-        table_of_everything,
-    )
+    from dataplane.policy.explain import table_of_everything
+    from dataplane.policy.explainer import Explainer
     from dataplane.policy.resolve import in_force
     from dataplane.sources.directory import read_paths
 
-    snapshot = in_force(read_paths(paths))
-    for problem in snapshot.problems:
+    known = read_paths(paths)
+    for problem in known.problems:
         click.echo(f"podgate: warning: {problem}", err=True)
-    pods = known_pods(snapshot)
-    return explain(
-        table_of_everything(snapshot, Compiler()),
-        find_peer(source, pods, "--from"),
-        find_peer(destination, pods, "--to"),
-        parse_port(port),
-        parse_family(family),
-    )
+    resolved = in_force(known)
+    explainer = Explainer(table_of_everything(resolved, Compiler()), known, resolved)
+    return explainer.explain(source, destination, port, family, everything=everything)
 
 
 REASONS = {
@@ -54,32 +45,56 @@ REASONS = {
     "spoofed": "the source is not an address of this pod",
     "no-table": "no rules are known for this pod yet",
 }
+POLICIES_SHOWN = 8
 
 
-def _end(label: str, who: str, end: dict[str, Any]) -> None:
+def _end(label: str, who: str, end: dict[str, Any], everything: bool) -> None:
     colour = "green" if end["verdict"] == "allow" else "red"
-    click.echo(
-        f"  {label} of {who}: " + click.style(f"{end['verdict']}, {end['reason']}", fg=colour), nl=False
-    )
+    click.echo(f"  {label} of {who}: " + click.style(f"{end['verdict']}, {end['reason']}", fg=colour))
     if end["rule"]:
         rule = end["rule"]
         excepts = f" except {', '.join(rule['except'])}" if rule["except"] else ""
         ports = ", ".join(rule["ports"]) or "every port"
-        click.echo(f"\n    policy {end['policy']}, rule {rule['index']}: {rule['cidr']}{excepts}, {ports}")
+        click.echo(f"    policy {end['policy']}, rule {rule['index']}: {rule['cidr']}{excepts}, {ports}")
+        if " rule " not in end["field"]:  # where the policy itself is known
+            click.echo(f"    written as {end['policy']} {end['field']}")
     else:
-        click.echo(f"\n    {REASONS.get(end['reason'], end['reason'])}")
+        click.echo(f"    {REASONS.get(end['reason'], end['reason'])}")
+    policies = end["policies"]
+    if policies:
+        rest = 0 if everything else len(policies) - POLICIES_SHOWN
+        names = ", ".join(policies if rest <= 0 else policies[:POLICIES_SHOWN])
+        click.echo(f"    isolated by {names}" + (f" and {rest} more" if rest > 0 else ""))
+    for candidate in end.get("candidates", ()):
+        place = click.style(f"{candidate['policy']} {candidate['field']}", bold=True)
+        click.echo(f"      {place}: {candidate['sentence']}")
+    for alike in end.get("more", ()):
+        click.echo(f"      {alike['sentence']}")
+    if end.get("more"):
+        click.echo("      (--all shows them)")
 
 
 def _name(end: dict[str, Any]) -> str:
     return f"{end['pod']} ({end['ip']})" if end["pod"] else str(end["ip"])
 
 
-def _print(answer: dict[str, Any]) -> None:
+def _print(answer: dict[str, Any], everything: bool) -> None:
     allowed = answer["verdict"] == "allow"
     word = click.style("ALLOW" if allowed else "DENY", fg="green" if allowed else "red", bold=True)
     click.echo(f"{word}  {_name(answer['from'])} → {_name(answer['to'])}  {answer['port']}")
-    _end("egress", answer["from"]["pod"] or answer["from"]["ip"], answer["egress"])
-    _end("ingress", answer["to"]["pod"] or answer["to"]["ip"], answer["ingress"])
+    for note in answer["notes"]:
+        click.echo(click.style(f"  note: {note}", fg="yellow"))
+    _end("egress", answer["from"]["pod"] or answer["from"]["ip"], answer["egress"], everything)
+    _end("ingress", answer["to"]["pod"] or answer["to"]["ip"], answer["ingress"], everything)
+    suggestions = answer["suggestions"]
+    if suggestions:
+        policies = [each for each in suggestions if each["manifest"]]
+        many = "policies" if len(policies) > 1 else "policy"
+        click.echo(
+            f"\nThe smallest {many} that would allow it:" if policies else "\nNo policy can be suggested:"
+        )
+    for each in suggestions:
+        click.echo(each["yaml"], nl=False)
 
 
 @click.command(epilog="Example:  podgate explain policies/ --from shop/web-0 --to shop/db-0 --port 5432/TCP")
@@ -89,6 +104,9 @@ def _print(answer: dict[str, Any]) -> None:
 @click.option("--port", required=True, help="80/TCP, 53/UDP, 9999/SCTP or ICMP.")
 @click.option("--family", type=click.Choice(["4", "6"]), help="IPv4 or IPv6; default: the first both have.")
 @click.option("--expect", type=click.Choice(["allow", "deny"]), help="Exit 1 when the verdict is another.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Every rule that did not match, not just the nearest."
+)
 @output_option
 @control_option
 def command(
@@ -98,22 +116,26 @@ def command(
     port: str,
     family: str | None,
     expect: str | None,
+    everything: bool,
     output: str,
     control: Path,
 ) -> None:
-    """Say whether a packet would pass, and which policy and rule decide.
+    """Say whether a packet would pass, why, and what would allow one that is denied.
 
     With PATH: by the objects in those files, every pod in them. Without: by the rules the running
     agent has in force for the pods of its node.
+
+    A denied end lists the rules of its policies with the reason why each did not match, nearest miss
+    first, and the smallest NetworkPolicy that would allow the packet.
     """
     if paths:
-        answer = _from_files(paths, source, destination, port, family)
+        answer = _from_files(paths, source, destination, port, family, everything)
     else:
         query = {"from": source, "to": destination, "port": port, "family": family or ""}
-        answer = ask(control, "explain", query)
+        answer = ask(control, "explain", query | ({"all": "yes"} if everything else {}))
     if output == "json":
         click.echo(json.dumps(answer))
     else:
-        _print(answer)
+        _print(answer, everything)
     if expect and answer["verdict"] != expect:
         raise NotAsExpected(f"expected {expect}, the verdict is {answer['verdict']}")

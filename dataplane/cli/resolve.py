@@ -4,26 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
-
-
-def _yaml(documents: list[dict[str, Any]]) -> str:
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Quotes what one reader or another of YAML takes for a number: `1e3`, `22:22`, `0777`."""
-
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        style = None if value[:1].isalpha() else '"'
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    Dumper.add_representer(str, text)
-    return yaml.dump_all(documents, Dumper=Dumper, sort_keys=False, explicit_start=True)
 
 
 @click.command(
@@ -44,6 +26,7 @@ def command(paths: tuple[Path, ...], output: str) -> None:
     PATH are files or directories with NetworkPolicy, Pod, Namespace and Service objects. A policy
     that has PolicyEndpoints there already is left to them.
     """
+    from dataplane.manifests import to_yaml
     from dataplane.policy.resolve import policy_endpoints
     from dataplane.sources.directory import read_paths
     from dataplane.sources.manifest import manifest
@@ -64,4 +47,4 @@ def command(paths: tuple[Path, ...], output: str) -> None:
     if output == "json":
         click.echo(json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}, indent=2))
     elif documents:
-        click.echo(_yaml(documents), nl=False)
+        click.echo(to_yaml(documents), nl=False)

@@ -12,9 +12,16 @@ from typing import Any
 
 from dataplane._engine import judge
 from dataplane._rules import RuleTable
-from dataplane.addresses import family_of, format_address, parse_address
+from dataplane.addresses import family_of, format_address
 from dataplane.errors import InputError
-from dataplane.model import PROTOCOL_NAMES, PROTOCOLS, Direction, Key, Rule, Snapshot
+from dataplane.model import (
+    PROTOCOL_NAMES,
+    PROTOCOLS,
+    Direction,
+    Key,
+    Rule,
+    Snapshot,
+)
 from dataplane.policy.compile import Compiler, PodEntry, rule_of
 from dataplane.policy.effective import effective_rules
 from dataplane.reasons import Reason
@@ -85,30 +92,6 @@ def known_pods(snapshot: Snapshot, own_node: frozenset[bytes] = frozenset()) -> 
         hosts = frozenset(nodes.get(key, ()))
         peers[key] = Peer(rules.addresses, key, hosts | own_node if hosts & own_node else hosts)
     return peers
-
-
-def find_peer(text: str, pods: Mapping[Key, Peer], option: str) -> Peer:
-    """The end that `namespace/pod` or an IP means. InputError when there is no such pod."""
-    namespace, slash, name = text.partition("/")
-    if slash:
-        peer = pods.get(Key(namespace, name))
-        if peer is None or not peer.addresses:
-            near = ", ".join(
-                str(key) for key in sorted(pods) if key.name == name or key.namespace == namespace
-            )
-            raise InputError(
-                f"{option} {text}: no pod of that name with an address is known here"
-                + (f"; did you mean one of {near}?" if near else "; an IP address works too")
-            )
-        return peer
-    try:
-        address = parse_address(text)
-    except ValueError:
-        raise InputError(f"{option} {text}: write it as namespace/pod or as an IP address") from None
-    for peer in pods.values():
-        if address in peer.addresses:
-            return Peer((address,), peer.pod, peer.node_ips)
-    return Peer((address,))
 
 
 def build_packet(src: bytes, dst: bytes, port: Port) -> bytes:

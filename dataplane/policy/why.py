@@ -33,7 +33,6 @@ from dataplane.model import (
     PortRange,
     Problem,
     Requirement,
-    Rule,
     Snapshot,
 )
 from dataplane.policy.effective import DirectionRules, effective_rules
@@ -54,7 +53,6 @@ class Miss(enum.StrEnum):
     PROTOCOL = "protocol"  # the peer is right, no port of this protocol
     NAMED_PORT = "named-port"  # the peer is right, the pod has no port of that name and protocol
     PROBLEM = "problem"  # could not be read, and was dropped
-    NO_RULES = "no-rules"  # the policy has no rule in this direction
     EXCEPT = "except"  # inside the cidr, but inside an except too
     POD_LABELS = "pod-labels"
     NAMESPACE_LABELS = "namespace-labels"
@@ -64,6 +62,7 @@ class Miss(enum.StrEnum):
     NOT_A_POD = "not-a-pod"  # a selector, and the peer is no pod
     CIDR = "cidr"  # outside the cidr
     FAMILY = "family"  # IPv4 against IPv6
+    NO_RULES = "no-rules"  # the policy has no rule in this direction
 
 
 _RANK = {miss: rank for rank, miss in enumerate(Miss)}
@@ -74,7 +73,6 @@ _IN_SHORT = {
     Miss.PROTOCOL: "wrong protocol",
     Miss.NAMED_PORT: "no port of that name",
     Miss.PROBLEM: "cannot be used",
-    Miss.NO_RULES: "no rules",
     Miss.EXCEPT: "inside except",
     Miss.POD_LABELS: "other pod labels",
     Miss.NAMESPACE_LABELS: "other namespace labels",
@@ -84,6 +82,7 @@ _IN_SHORT = {
     Miss.NOT_A_POD: "not a pod",
     Miss.CIDR: "address outside the cidr",
     Miss.FAMILY: "address of the other family",
+    Miss.NO_RULES: "no rules",
 }
 
 
@@ -284,6 +283,14 @@ class Whys:
         """The policies that isolate a pod in a direction, sorted; none for one that is not isolated."""
         return self._isolating[direction].get(pod, ())
 
+    def holders(self, address: bytes) -> list[Pod]:
+        """The live pods that have an address: several only where they share their host's network."""
+        return newest([pod for pod in self._claims.get(address, ()) if not pod.finished])
+
+    def unlabelled(self, address: bytes) -> bool:
+        """Whether an address is a pod's of whom only PolicyEndpoints tell."""
+        return self._peer(address).absent is Miss.LABELS_UNKNOWN
+
     def denied(
         self,
         pod: Key,
@@ -303,7 +310,7 @@ class Whys:
         holding = tuple([part.holding(peer) for part in parts])
         other = self._peer(peer)
         own = self._own(pod) if any(part.named for part in parts) else None
-        rules = self._rules(pod, direction)
+        rules = self.rules_of(pod, direction)
         key = (direction, policies, id(rules), other, holding, own, len(peer), protocol, port, shown)
         answer = self._answers.get(key)
         if answer is None:
@@ -330,9 +337,9 @@ class Whys:
         return answer
 
     def allowed(
-        self, pod: Key, direction: Direction, peer: bytes, protocol: int, port: int, policy: Key, rule: Rule
+        self, pod: Key, direction: Direction, peer: bytes, protocol: int, port: int, policy: Key, rule: int
     ) -> Candidate:
-        """The written rule behind what the engine names: a policy, and a rule of its PolicyEndpoints."""
+        """The written rule behind what the engine names: a policy, and the index of a rule."""
         part = self._part(policy, pod, direction)
         if part.written:
             touched, own = part.holding(peer), self._own(pod)
@@ -347,7 +354,8 @@ class Whys:
 
     # --- the ends ---------------------------------------------------------------------------------------
 
-    def _rules(self, pod: Key, direction: Direction) -> DirectionRules | None:
+    def rules_of(self, pod: Key, direction: Direction) -> DirectionRules | None:
+        """What a pod's policies allow in a direction; None where it is not isolated, or not known."""
         rules = self.rules.get(pod)
         if rules is None:
             return None
@@ -368,11 +376,10 @@ class Whys:
     def _peer(self, address: bytes) -> _Peer:
         found = self._peers.get(address)
         if found is None:
-            claimants = self._claims.get(address, ())
-            live = newest([pod for pod in claimants if not pod.finished])
+            live = self.holders(address)
             if live:
                 found = _Peer(tuple(sorted({self._see(pod) for pod in live})))
-            elif claimants:
+            elif address in self._claims:
                 found = _Peer((), Miss.FINISHED)
             elif address in self._named:
                 found = _Peer((), Miss.LABELS_UNKNOWN)
@@ -390,7 +397,7 @@ class Whys:
             part = self._write(written, direction) if written is not None and usable else None
             self._written_parts[policy, direction] = part
         return self._written_parts[policy, direction] or self._given(
-            policy, self._rules(pod, direction), direction
+            policy, self.rules_of(pod, direction), direction
         )
 
     def _write(self, policy: NetworkPolicy, direction: Direction) -> _Part:
@@ -424,7 +431,7 @@ class Whys:
         if part is None:
             part = self._given_parts[key] = _Part(policy, direction, written=False)
             for _, rule in (pair for pair in (rules.rules if rules else ()) if pair[0] == policy):
-                part.add(_Item(_place(direction, rule), IPBlock(rule.cidr, rule.excepts), rule.ports))
+                part.add(_Item(_place(direction, rule.index), IPBlock(rule.cidr, rule.excepts), rule.ports))
             for name in self._objects.get(policy, ()):
                 for problem in self._problems.get(name, ()):
                     if problem.field.startswith(f"spec.{direction}["):
@@ -478,11 +485,8 @@ class Whys:
             return Candidate(part.policy, part.direction, item.field, miss, about, text, near)
 
         if item.peer is Miss.NO_RULES:
-            if part.written:
-                return say(
-                    Miss.NO_RULES, About.RULE, f"the policy has no {part.direction} rules: nothing passes"
-                )
-            return say(Miss.NO_RULES, About.RULE, "its PolicyEndpoints have no rules: nothing passes")
+            they = "the policy has" if part.written else "its PolicyEndpoints have"
+            return say(Miss.NO_RULES, About.RULE, f"{they} no {part.direction} rules: nothing is allowed")
         if item.peer is Miss.PROBLEM:
             return say(Miss.PROBLEM, About.RULE, f"cannot be used: {item.problem or 'it could not be read'}")
         assert not isinstance(item.peer, Miss)
@@ -526,19 +530,19 @@ class Whys:
             return absent, About.ADDRESS, _ABSENT[absent]
         if not matches(peer.namespaces, self._namespaces.get(pod.namespace, {})):
             if item.own_namespace:
-                return Miss.NAMESPACE, About.PEER, f"is in namespace {pod.namespace}, and {_OWN_NAMESPACE}"
+                there = f"is in namespace {pod.namespace}, not in the policy's own (no namespaceSelector)"
+                return Miss.NAMESPACE, About.PEER, there
             failed = _failures(peer.namespaces, self._namespaces.get(pod.namespace, {}))
             return Miss.NAMESPACE_LABELS, About.RULE, f"namespace {pod.namespace} {failed}"
         labels = dict(pod.labels)
         if not matches(peer.pods, labels):
-            host = " (it is on its host's network: all pods there count)" if pod.host_network else ""
+            host = " (a pod on its host's network)" if pod.host_network else ""
             return Miss.POD_LABELS, About.PEER, _failures(peer.pods, labels) + host
         return None
 
 
 _Missed = tuple[Miss, About, str]
 
-_OWN_NAMESPACE = "without namespaceSelector only pods of the policy's own namespace are meant"
 _ABSENT = {
     Miss.NOT_A_POD: "is not a known pod's, and selectors match pods only",
     Miss.FINISHED: "was a finished pod's (Succeeded or Failed), which owns no address any more",
@@ -546,8 +550,8 @@ _ABSENT = {
 }
 
 
-def _place(direction: Direction, rule: Rule) -> str:
-    return f"{direction} rule {rule.index}"
+def _place(direction: Direction, rule: int) -> str:
+    return f"{direction} rule {rule}"
 
 
 def _reason(problems: Iterable[Problem], where: str) -> str:

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from dataplane.addresses import BITS, Prefix, format_address
+from dataplane.manifests import selector_manifest
 from dataplane.model import (
     PROTOCOL_NAMES,
     Direction,
-    LabelSelector,
     NetworkPolicy,
-    Operator,
     PodEndpoint,
     PolicyEndpoint,
     PortRange,
@@ -49,7 +48,7 @@ def manifest(endpoint: PolicyEndpoint, policy: NetworkPolicy | None) -> dict[str
         "policyRef": {"name": endpoint.policy.name, "namespace": endpoint.policy.namespace}
     }
     if policy is not None:
-        spec["podSelector"] = _selector(policy.pod_selector)
+        spec["podSelector"] = selector_manifest(policy.pod_selector)
     spec["podIsolation"] = [text for direction, text in _TYPES.items() if direction in endpoint.isolates]
     for name, entries in (
         ("podSelectorEndpoints", [_pod(entry) for entry in endpoint.endpoints if entry.pod_ip]),
@@ -100,21 +99,4 @@ def _port(port: PortRange) -> dict[str, Any]:
         written["port"] = port.first
         if port.last != port.first:
             written["endPort"] = port.last
-    return written
-
-
-def _selector(selector: LabelSelector) -> dict[str, Any]:
-    labels: dict[str, str] = {}
-    expressions: list[dict[str, Any]] = []
-    for key, operator, values in selector.requirements:
-        if operator is Operator.IN and len(values) == 1 and key not in labels:
-            labels[key] = values[0]
-        else:
-            given = {"values": list(values)} if values else {}
-            expressions.append({"key": key, "operator": operator.value, **given})
-    written: dict[str, Any] = {}
-    if labels:
-        written["matchLabels"] = labels
-    if expressions:
-        written["matchExpressions"] = expressions
     return written

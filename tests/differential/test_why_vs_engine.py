@@ -50,7 +50,7 @@ def check(world: Raw, known: Snapshot, *, by_policy: bool) -> None:
                             assert (" rule " in each.field) <= (not (by_policy and written)), (where, each)
                     elif end.reason is Reason.POLICY_RULE:
                         policy, rule = end.pod.rule(direction, end.rule_id)
-                        found = whys.allowed(end.pod.key, direction, peer, number, port, policy, rule)
+                        found = whys.allowed(end.pod.key, direction, peer, number, port, policy, rule.index)
                         assert (found.policy, found.miss) == (policy, Miss.MATCH), where
                         if by_policy and destination != CLUSTER_IP:
                             assert " rule " not in found.field, (where, found)

@@ -89,14 +89,17 @@ def test_explain_shape(running: RunningAgent) -> None:
     answer = as_json(running, "explain", "--from", "x/b", "--to", "x/a", "--port", "80/TCP")
     assert answer["verdict"] == "allow"
     assert answer["egress"] == {
-        "verdict": "allow", "reason": "not-isolated", "policy": None, "rule": None,
+        "verdict": "allow", "reason": "not-isolated", "policy": None, "rule": None, "policies": [],
     }  # fmt: skip
     assert answer["ingress"] == {
         "verdict": "allow",
         "reason": "policy-rule",
         "policy": "x/web",
         "rule": {"index": 0, "cidr": f"{b}/32", "except": [], "ports": ["80/TCP", "8000-8080/TCP"]},
+        "policies": ["x/web"],
+        "field": "ingress rule 0",
     }
+    assert (answer["suggestions"], answer["notes"]) == ([], [])
     answer = as_json(running, "explain", "--from", "203.0.113.9", "--to", "x/a", "--port", "9/UDP")
     assert answer["egress"]["reason"] == "not-a-pod"
     assert answer["ingress"]["rule"] == {
@@ -108,7 +111,16 @@ def test_explain_shape(running: RunningAgent) -> None:
         assert answer["ingress"]["reason"] == reason, source
         assert answer["verdict"] == ("allow" if reason == "own-node" else "deny")
     answer = as_json(running, "explain", "--from", "x/c", "--to", "x/a", "--port", "80/TCP")
-    assert answer["egress"] == {"verdict": "deny", "reason": "no-rule", "policy": None, "rule": None}
+    assert answer["egress"] == {
+        "verdict": "deny", "reason": "no-rule", "policy": None, "rule": None, "policies": ["x/quiet"],
+        "candidates": [
+            {
+                "policy": "x/quiet", "field": "egress", "reason": "no-rules",
+                "sentence": "its PolicyEndpoints have no egress rules: nothing is allowed",
+            }
+        ],
+        "more": [],
+    }  # fmt: skip
 
 
 def test_explain_text_and_expectation(running: RunningAgent) -> None:
