@@ -18,6 +18,7 @@ COMMANDS = {
     "status": "status",
     "resolve": "resolve",
     "explain": "explain",
+    "check": "check",
     "matrix": "matrix",
     "rules": "rules",
     "flows": "flows",

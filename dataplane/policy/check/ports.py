@@ -1,0 +1,256 @@
+"""Ports: names that no pod has, and a Service's port where the container's is meant.
+
+A pod may listen on a port that it does not declare, so a number that nobody declares says nothing by
+itself. A name that nobody declares opens nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from dataplane.model import EVERYTHING, PROTOCOL_NAMES, Direction, Pod, Service
+from dataplane.policy.check.ends import on_the_wrong_end
+from dataplane.policy.check.findings import Check, Finding, Severity
+from dataplane.policy.check.world import Pods, RuleAt, World, counted, names, protocol_of
+from dataplane.policy.normalize import PodPeer
+
+NAMED_PORT_UNKNOWN = Check(
+    "named-port-unknown",
+    Severity.ERROR,
+    "A named port that no pod has",
+    "No pod concerned declares a port of that name, so the entry opens nothing. For ingress these are the "
+    "pods that the policy selects, for egress the pods that `to` means.",
+)
+NAMED_PORT_PROTOCOL = Check(
+    "named-port-protocol",
+    Severity.ERROR,
+    "A named port with another protocol than the pods give it",
+    "A named port is looked up by name and protocol; without `protocol` it means TCP.",
+)
+NAMED_PORT_SOME = Check(
+    "named-port-on-some-pods",
+    Severity.NOTE,
+    "A named port that only some of the pods have",
+    "The entry opens nothing on the others. Silent where the selector is {} and so means pods of all kinds, "
+    "and where another entry of the rule serves the others.",
+)
+NAMED_PORT_WITHOUT_PODS = Check(
+    "named-port-to-addresses",
+    Severity.ERROR,
+    "A named port in an egress rule that means no pods",
+    "Names are looked up on the pods that `to` means; an ipBlock has none, so the entry opens nothing.",
+)
+SERVICE_PORT = Check(
+    "service-port",
+    Severity.WARNING,
+    "A Service's port where the container's port is meant",
+    "Policies judge packets after Service translation: the container's port counts. Found where a rule has "
+    "the port of a Service in front of the pods, the Service's targetPort is another one that the rule does "
+    "not allow, and no pod concerned declares the number.",
+)
+CHECKS = (
+    NAMED_PORT_UNKNOWN,
+    NAMED_PORT_PROTOCOL,
+    NAMED_PORT_SOME,
+    NAMED_PORT_WITHOUT_PODS,
+    SERVICE_PORT,
+)
+
+
+def find(world: World) -> Iterator[Finding]:
+    """What is to say about ports."""
+    if not world.knows_pods:
+        return
+    services: defaultdict[tuple[int, int], list[Service]] = defaultdict(list)
+    for service in world.snapshot.services:
+        if service.selector:
+            for port in service.ports:
+                services[port.protocol, port.port].append(service)
+    anybody = _Anybody(world)
+    for rule in world.every_rule():
+        if not rule.written.ports or on_the_wrong_end(world, rule):
+            continue
+        if rule.normal.names:
+            yield from _names(world, rule, anybody)
+        yield from _service_ports(world, rule, services)
+
+
+class _Anybody:
+    """The pods that an egress rule without `to` means by a named port: whoever has it."""
+
+    def __init__(self, world: World) -> None:
+        self._named: dict[str, list[Pod]] = {}
+        for pod in world.snapshot.pods:
+            if not pod.finished:
+                for port in pod.ports:
+                    if port.name:
+                        self._named.setdefault(port.name, []).append(pod)
+
+    def with_name(self, name: str) -> Pods:
+        return tuple(self._named.get(name, ()))
+
+
+def concerned(world: World, rule: RuleAt) -> list[Pods]:
+    """The pods on whose side the ports are: those selected, or each peer's. Only non-empty groups."""
+    if rule.direction is Direction.INGRESS:
+        groups = [world.subjects(rule.policy)]
+    else:
+        groups = [world.matched(peer.normal) for peer in rule.peers() if isinstance(peer.normal, PodPeer)]
+    return [group for group in groups if group]
+
+
+def _names(world: World, rule: RuleAt, anybody: _Anybody) -> Iterator[Finding]:
+    groups = concerned(world, rule)
+    open_to_all = rule.direction is Direction.EGRESS and rule.normal.peers is None
+    said = False  # once for a rule: its other entries leave out the same pods
+    side = "selected" if rule.direction is Direction.INGRESS else "destination"
+    for field, port in zip(world.port_fields(rule), rule.written.ports, strict=True):
+        if not isinstance(port.port, str):
+            continue
+        name, protocol = port.port, protocol_of(port)
+        if open_to_all:
+            having: list[Pod] = list(anybody.with_name(name))
+            candidates = having
+        elif groups:
+            candidates = list({pod.key: pod for group in groups for pod in group}.values())
+            having = [pod for pod in candidates if any(each.name == name for each in pod.ports)]
+        else:
+            if rule.direction is Direction.EGRESS and not _pod_peers(rule) and rule.normal.peers:
+                yield NAMED_PORT_WITHOUT_PODS.at(
+                    rule.policy.key,
+                    f"{field}.port",
+                    f"port {name} is a name, and the addresses of an ipBlock have no named ports",
+                    "write the number",
+                )
+            continue
+        right = [
+            pod
+            for pod in having
+            if any(each.name == name and each.protocol == protocol for each in pod.ports)
+        ]
+        if not having:
+            known = sorted({each.name for pod in candidates for each in pod.ports if each.name})
+            if open_to_all:
+                message = f"no pod has a port named {name}"
+            elif len(candidates) == 1:
+                message = f"{candidates[0].key}, the only {side} pod, has no port named {name}"
+            else:
+                message = f"none of the {counted(len(candidates), f'{side} pod')} has a port named {name}"
+            yield NAMED_PORT_UNKNOWN.at(
+                rule.policy.key,
+                f"{field}.port",
+                message,
+                f"named there: {names(known, 6)}"
+                if known
+                else "write the number, or name the container's port",
+            )
+        elif not right:
+            other = next(each for each in having[0].ports if each.name == name)
+            theirs = PROTOCOL_NAMES[other.protocol]
+            yield NAMED_PORT_PROTOCOL.at(
+                rule.policy.key,
+                f"{field}.protocol",
+                f"port {name} is {theirs} on {names(pod.key for pod in having)}, "
+                f"here it is {PROTOCOL_NAMES[protocol]}" + ("" if port.protocol else " (the default)"),
+                f"write `protocol: {theirs}`",
+            )
+        elif not said and not open_to_all and not _selects_all_kinds(rule):
+            left = _unserved(rule, candidates)
+            if left:
+                said = True
+                yield NAMED_PORT_SOME.at(
+                    rule.policy.key,
+                    f"{field}.port",
+                    f"{names(pod.key for pod in right)} {'has' if len(right) == 1 else 'have'} a port named "
+                    f"{name}, {names(pod.key for pod in left)} {'has' if len(left) == 1 else 'have'} not",
+                    "name the containers' ports alike, or select only the pods that have it",
+                )
+
+
+def _pod_peers(rule: RuleAt) -> list[PodPeer]:
+    return [peer.normal for peer in rule.peers() if isinstance(peer.normal, PodPeer)]
+
+
+def _selects_all_kinds(rule: RuleAt) -> bool:
+    if rule.direction is Direction.INGRESS:
+        return rule.policy.pod_selector == EVERYTHING
+    return any(peer.pods == EVERYTHING for peer in _pod_peers(rule))
+
+
+def _unserved(rule: RuleAt, pods: list[Pod]) -> list[Pod]:
+    """The pods on which no entry of the rule opens a port that they declare."""
+    wanted = {(port.name, port.protocol) for port in rule.normal.names}
+    return [
+        pod
+        for pod in pods
+        if not any(
+            (port.name, port.protocol) in wanted or _allows(rule, port.protocol, port.port)
+            for port in pod.ports
+        )
+    ]
+
+
+def _allows(rule: RuleAt, protocol: int, number: int) -> bool:
+    return any(
+        each.protocol == protocol and each.first <= number <= each.last for each in rule.normal.numbers
+    )
+
+
+def _opens(rule: RuleAt, protocol: int, targets: set[int], pods: Pods) -> bool:
+    """Whether the rule has one of the targets too, by number or by name: the author knows of them."""
+    wanted = {port.name for port in rule.normal.names if port.protocol == protocol}
+    return any(_allows(rule, protocol, target) for target in targets) or any(
+        port.port in targets and port.protocol == protocol and port.name in wanted
+        for pod in pods
+        for port in pod.ports
+    )
+
+
+def _service_ports(
+    world: World, rule: RuleAt, services: dict[tuple[int, int], list[Service]]
+) -> Iterator[Finding]:
+    groups = concerned(world, rule)
+    if not groups or len(groups) != (
+        1 if rule.direction is Direction.INGRESS else len(rule.normal.peers or ())
+    ):
+        return  # an address among the peers: the port may be meant for it
+    for field, port in zip(world.port_fields(rule), rule.written.ports, strict=True):
+        if not isinstance(port.port, int) or port.end_port not in (None, port.port):
+            continue
+        wanted = (protocol_of(port), port.port)
+        if wanted not in services or any(wanted in world.declared(group) for group in groups):
+            continue
+        for service in services[wanted]:
+            backends = world.backends(service)
+            if not any(not world.keys(backends).isdisjoint(world.keys(group)) for group in groups):
+                continue
+            targets = _targets(service, wanted, backends)
+            if not targets or _opens(rule, wanted[0], targets, backends):
+                continue
+            yield SERVICE_PORT.at(
+                rule.policy.key,
+                f"{field}.port",
+                f"{port.port} is the port of Service {service.key}; its pods listen on "
+                f"{names(sorted(targets))}, and their port is what counts",
+                f"write `port: {min(targets)}`" if len(targets) == 1 else "write the pods' port, or its name",
+            )
+            break
+
+
+def _targets(service: Service, wanted: tuple[int, int], backends: Pods) -> set[int]:
+    """The pods' ports that the Service's port leads to."""
+    targets: set[int] = set()
+    for protocol, number, target in service.ports:
+        if (protocol, number) != wanted:
+            continue
+        if isinstance(target, int):
+            targets.add(target)
+        else:
+            targets.update(
+                port.port
+                for pod in backends
+                for port in pod.ports
+                if port.name == target and port.protocol == protocol
+            )
+    return targets
