@@ -99,6 +99,26 @@ def effective_rules(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> di
     return {pod: rules_of(pod) for pod in sorted(pods)}
 
 
+def isolating_policies(snapshot: Snapshot) -> dict[Direction, dict[Key, tuple[Key, ...]]]:
+    """The policies that isolate each pod of any node, per direction, sorted by name.
+
+    A pod that no policy isolates in a direction is not in that direction's result.
+    """
+    isolates: defaultdict[Group, set[Direction]] = defaultdict(set)
+    for slice_ in snapshot.policy_endpoints:
+        isolates[slice_.policy, slice_.port_group] |= slice_.isolates
+    same: dict[tuple[Key, ...], tuple[Key, ...]] = {}
+    found: dict[Direction, dict[Key, tuple[Key, ...]]] = {direction: {} for direction in Direction}
+    for pod, groups in _selected(snapshot, None).items():
+        for direction, by_pod in found.items():
+            policies = tuple(
+                sorted({policy for policy, part in groups if direction in isolates[policy, part]})
+            )
+            if policies:
+                by_pod[pod] = same.setdefault(policies, policies)
+    return found
+
+
 def changed_pods(old: Mapping[Key, PodRules], new: Mapping[Key, PodRules]) -> set[Key]:
     """The pods that came, went, or have other addresses or rules in `new` than in `old`."""
     return {pod for pod in old.keys() | new.keys() if old.get(pod) != new.get(pod)}

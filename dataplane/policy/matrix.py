@@ -17,6 +17,7 @@ from dataplane.addresses import family_of, parse_address
 from dataplane.errors import InputError
 from dataplane.model import Direction, Key, Snapshot
 from dataplane.policy.compile import Compiler, rule_of
+from dataplane.policy.effective import isolating_policies
 from dataplane.policy.explain import ICMP, Peer, Port, known_pods, table_of_everything
 from dataplane.reachability import (
     ALLOWED,
@@ -106,7 +107,7 @@ def _ends(
         family = _first_family(snapshot, pods, peers)
     table = table_of_everything(snapshot, Compiler())
     compiled = {entry.key: index for index, entry in enumerate(table.pods)}
-    isolated = _isolating_policies(snapshot)
+    isolated = isolating_policies(snapshot)
     ends: list[_End] = []
     left_out: list[Key] = []
     for key, peer in sorted(peers.items(), key=itemgetter(0)):
@@ -172,26 +173,6 @@ def _external_ends(externals: Sequence[str], family: int, pods: Iterable[_End]) 
             )
         found.setdefault(address, _End(Place(text, address), judged=False))
     return list(found.values())
-
-
-def _isolating_policies(snapshot: Snapshot) -> dict[Direction, dict[Key, tuple[Key, ...]]]:
-    """The policies that isolate each pod, per direction, sorted by name."""
-    groups: defaultdict[tuple[Key, str | None], tuple[set[Direction], set[Key]]] = defaultdict(
-        lambda: (set(), set())
-    )
-    for slice_ in snapshot.policy_endpoints:
-        directions, pods = groups[slice_.policy, slice_.port_group]
-        directions |= slice_.isolates
-        pods.update(endpoint.pod for endpoint in slice_.endpoints)
-    found: dict[Direction, defaultdict[Key, set[Key]]] = {each: defaultdict(set) for each in Direction}
-    for (policy, _), (directions, pods) in groups.items():
-        for direction in directions:
-            for pod in pods:
-                found[direction][pod].add(policy)
-    return {
-        direction: {pod: tuple(sorted(policies)) for pod, policies in by_pod.items()}
-        for direction, by_pod in found.items()
-    }
 
 
 class _Verdicts:

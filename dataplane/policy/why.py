@@ -35,7 +35,7 @@ from dataplane.model import (
     Requirement,
     Snapshot,
 )
-from dataplane.policy.effective import DirectionRules, effective_rules
+from dataplane.policy.effective import DirectionRules, effective_rules, isolating_policies
 from dataplane.policy.normalize import NamedPort, PodPeer, normal_peer, normal_port, normalize
 from dataplane.policy.resolve import in_force, namespace_labels, newest
 from dataplane.policy.selectors import matches
@@ -243,8 +243,13 @@ class Whys:
         for pod in known.pods:
             for address in pod.ips:
                 self._claims[address].append(pod)
-        self._named: dict[bytes, Key] = {}  # addresses that PolicyEndpoints give to pods
-        self._isolating = self._isolations()
+        self._named = {  # addresses that PolicyEndpoints give to pods
+            pod_ip
+            for endpoint in self._resolved.policy_endpoints
+            for _, pod_ip, host_ip in endpoint.endpoints
+            if pod_ip and pod_ip != host_ip
+        }
+        self._isolating = isolating_policies(self._resolved)
         self._problems: defaultdict[str, list[Problem]] = defaultdict(list)
         for problem in self._resolved.problems:
             self._problems[problem.object].append(problem)
@@ -257,27 +262,6 @@ class Whys:
         self._written_parts: dict[tuple[Key, Direction], _Part | None] = {}
         self._given_parts: dict[tuple[int, Key, Direction], _Part] = {}
         self._answers: dict[object, Why] = {}
-
-    def _isolations(self) -> dict[Direction, dict[Key, tuple[Key, ...]]]:
-        """Which policies isolate each pod, per direction, sorted."""
-        isolates: defaultdict[tuple[Key, str | None], set[Direction]] = defaultdict(set)
-        selected: defaultdict[Key, set[tuple[Key, str | None]]] = defaultdict(set)
-        for endpoint in self._resolved.policy_endpoints:
-            group = (endpoint.policy, endpoint.port_group)
-            isolates[group] |= endpoint.isolates
-            for pod, pod_ip, host_ip in endpoint.endpoints:
-                if not pod_ip or pod_ip != host_ip:
-                    selected[pod].add(group)
-                    if pod_ip:
-                        self._named[pod_ip] = pod
-        same: dict[tuple[Key, ...], tuple[Key, ...]] = {}
-        found: dict[Direction, dict[Key, tuple[Key, ...]]] = {direction: {} for direction in Direction}
-        for pod in self.rules:
-            for direction in Direction:
-                policies = {group[0] for group in selected[pod] if direction in isolates[group]}
-                ordered = tuple(sorted(policies))
-                found[direction][pod] = same.setdefault(ordered, ordered)
-        return found
 
     def policies(self, pod: Key, direction: Direction) -> tuple[Key, ...]:
         """The policies that isolate a pod in a direction, sorted; none for one that is not isolated."""
