@@ -174,7 +174,8 @@ class Suggestions:
         return sorted(
             pod.key
             for pod in self._by_namespace[namespace]
-            if not pod.host_network
+            if pod.ips  # without an address it is not isolated yet, by whatever policy
+            and not pod.host_network
             and not self._whys.policies(pod.key, direction)
             and matches(selector, pod.labels)
         )
@@ -206,7 +207,7 @@ class Suggestions:
     # --- labels and names ---------------------------------------------------------------------------------
 
     def _workload_of(self, pod: Pod, comments: list[str]) -> LabelSelector:
-        """The fewest of a pod's lasting labels that select as few pods of its namespace as all of them do."""
+        """Those of a pod's lasting labels that it takes to select as few pods of its namespace as all do."""
         if pod.key not in self._labels:
             lasting = {key: value for key, value in pod.labels.items() if key not in _PASSING}
             self._labels[pod.key] = self._fewest(pod, lasting or pod.labels)
@@ -229,15 +230,7 @@ class Suggestions:
             if not chosen or len(fewer) < len(left):
                 chosen[key] = labels[key]
                 left = fewer
-        for key in reversed(list(chosen)):
-            rest = {each: value for each, value in chosen.items() if each != key}
-            if rest and self._count(pod, rest) == len(left):
-                chosen = rest
         return chosen
-
-    def _count(self, pod: Pod, labels: Mapping[str, str]) -> int:
-        selector = LabelSelector.of(labels)
-        return sum(matches(selector, each.labels) for each in self._by_namespace[pod.key.namespace])
 
     def _name(self, namespace: str, wanted: str) -> Key:
         base = re.sub(r"[^a-z0-9]+", "-", f"allow-{wanted}".lower())[:_NAME_LENGTH].strip("-")
