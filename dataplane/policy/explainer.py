@@ -117,7 +117,7 @@ class Explainer:
         address = parse_address(answer["to"]["ip"])
         for service in self._known.services:
             if address in service.cluster_ips:
-                behind = [pod.key for pod in self._known.pods if _is_behind(service, pod)]
+                behind = _behind(service, self._known)
                 notes.append(
                     f"{answer['to']['ip']} is the ClusterIP of Service {service.key}; {_SENT_ON}: "
                     + (f"ask for one of {_few(behind)}" if behind else "none is behind it here")
@@ -200,10 +200,14 @@ def _no_such_pod(key: Key, pod: Pod | None, pods: Mapping[Key, Peer], known: Sna
         return "this pod has no address yet, or a newer pod has it now"
     service = next((service for service in known.services if service.key == key), None)
     if service is not None:
-        behind = [pod.key for pod in known.pods if _is_behind(service, pod) and pod.key in pods]
+        behind = _behind(service, known)
         ask = f"ask for one of its pods: {_few(behind)}" if behind else "and no pod here is behind it"
         return f"a Service; {_SENT_ON}; {ask}"
-    near = [each for each in sorted(pods) if each.name == key.name or each.namespace == key.namespace]
+    near = [
+        each
+        for each in sorted(pods)
+        if pods[each].addresses and (each.name == key.name or each.namespace == key.namespace)
+    ]
     return "no pod of that name with an address is known here; " + (
         f"did you mean one of {_few(near)}?" if near else "an IP address works too"
     )
@@ -212,6 +216,10 @@ def _no_such_pod(key: Key, pod: Pod | None, pods: Mapping[Key, Peer], known: Sna
 def _few(keys: Sequence[Key]) -> str:
     shown = ", ".join(str(key) for key in keys[:NAMES_SHOWN])
     return shown + (f" and {len(keys) - NAMES_SHOWN} more" if len(keys) > NAMES_SHOWN else "")
+
+
+def _behind(service: Service, known: Snapshot) -> list[Key]:
+    return [pod.key for pod in known.pods if pod.ips and _is_behind(service, pod)]
 
 
 def _is_behind(service: Service, pod: Pod) -> bool:

@@ -124,9 +124,9 @@ class Candidate:
         return f"{subject} {self.text}" if subject else self.text
 
     @property
-    def order(self) -> tuple[bool, int]:
-        """Nearest misses sort first."""
-        return (not self.near, _RANK[self.miss])
+    def order(self) -> tuple[bool, bool, int]:
+        """Nearest misses sort first; a policy without rules, which nothing was near to, last."""
+        return (self.miss is Miss.NO_RULES, not self.near, _RANK[self.miss])
 
 
 class Alike(NamedTuple):
