@@ -6,17 +6,54 @@ import asyncio
 import gc
 import signal
 import sys
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from dataplane.answers import Answers
-from dataplane.config import AgentConfig, OnStop
+from dataplane.config import AgentConfig, Mode, OnStop, Resolve
 from dataplane.enforcement import Enforcement
+from dataplane.model import NetworkPolicy, PolicyEndpoint
+from dataplane.node.steering import installed_marks
 from dataplane.observe.control import ControlServer
 from dataplane.observe.log import Logger, get_logger
+from dataplane.programming import Programming
 from dataplane.sources.contents import summary
 from dataplane.sources.directory import DirectorySource
 from dataplane.sources.store import Store
+
+if TYPE_CHECKING:
+    from dataplane.sources.kubernetes import KubernetesSource
+
+# In files both may be there; in a cluster only what counts is asked for.
+_IGNORED: dict[Resolve, tuple[type, ...]] = {
+    Resolve.AUTO: (),
+    Resolve.ALWAYS: (PolicyEndpoint,),
+    Resolve.NEVER: (NetworkPolicy,),
+}
+
+
+class Files:
+    """Objects from files: everything is there before the agent begins."""
+
+    ready = True
+    problems: Sequence[str] = ()
+
+    def __init__(self, config: AgentConfig, store: Store, log: Logger) -> None:
+        self._source = DirectorySource(config.sources, store)
+        self._log = log
+
+    def load(self) -> None:
+        """Read everything. InputError when a path cannot be read."""
+        self._source.load()
+        if skipped := summary(self._source.skipped):
+            self._log.info("skipped", what=skipped)
+
+    async def run(self) -> None:
+        await self._source.run()
+
+    async def wait_synced(self) -> None:
+        """Everything is there once it is loaded."""
 
 
 class Agent:
@@ -25,19 +62,44 @@ class Agent:
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
         self.log: Logger = get_logger()
-        store = Store()
-        self.source = DirectorySource(config.sources, store)
-        self.enforcement = Enforcement(config, store)
-        answers = Answers(self.enforcement)
+        store = Store(quiet=config.quiet, limit=config.quiet_limit, without=_IGNORED[config.resolve])
+        self.programming = Programming(store)
+        self.enforcement = Enforcement(config, self.programming)
+        self.enforcement.when_in_force = self.programming.in_force
+        self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
+        answers = Answers(self.enforcement, self.source)
         self.control = ControlServer(config.control, answers.by_name(), answers.streams())
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None
 
+    def _cluster(self, store: Store) -> KubernetesSource:
+        # The client takes half a second and 45 MB to import.
+        from dataplane.sources.kubernetes import KubernetesSource
+        from dataplane.sources.kubernetes_client import Credentials
+
+        config = self.config
+        assert config.node_name is not None
+        return KubernetesSource(
+            Credentials(config.kubeconfig),
+            store,
+            node_name=config.node_name,
+            node_ips=config.node_ips,
+            resolve=config.resolve,
+            pod_names=config.pod_names,
+            log=self.log,
+            on_trigger=self.programming.trigger,
+            on_node_ips=self._take_node_ips,
+        )
+
+    def _take_node_ips(self, addresses: frozenset[bytes]) -> None:
+        """The addresses of our own Node, besides those that we were told."""
+        known = tuple(dict.fromkeys((*self.config.node_ips, *sorted(addresses))))
+        self.enforcement.config = replace(self.config, node_ips=known)
+
     async def run(self) -> None:
         """Start, enforce, and stop on SIGTERM, SIGINT or SIGHUP.
 
-        The control socket comes first, since a second agent stops there, and no rule is in force
-        before every source has been read once.
+        The control socket comes first, since a second agent stops there.
         """
         await self.control.start()
         loop = asyncio.get_running_loop()
@@ -45,16 +107,26 @@ class Agent:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, self._stopped_by, number)
         try:
-            self.source.load()
-            if skipped := summary(self.source.skipped):
-                self.log.info("skipped", what=skipped)
-            # What is loaded stays: the collector need not look through it at every later change.
-            gc.collect()
-            gc.freeze()
-            await self._until_stopped(self.source.run(), self.enforcement.run())
+            if isinstance(self.source, Files):
+                self.source.load()
+            await self._until_stopped(self.source.run(), self._enforce())
         finally:
             await self._leave()
             await self.control.stop()
+
+    async def _enforce(self) -> None:
+        """No rule comes into force before everything is known that rules are made of.
+
+        Strict mode is the exception where no agent has been before: its pods must be closed from the
+        first packet. Where one has been, its rules are still in the kernel and keep them closed.
+        """
+        open_now = self.config.mode is Mode.STRICT and await asyncio.to_thread(installed_marks) is None
+        if isinstance(self.source, Files) or not open_now:
+            await self.source.wait_synced()
+            # What is loaded stays: the collector need not look through it at every later change.
+            gc.collect()
+            gc.freeze()
+        await self.enforcement.run()
 
     async def _until_stopped(self, *parts: Coroutine[Any, Any, None]) -> None:
         tasks: list[asyncio.Task[Any]] = [asyncio.create_task(part) for part in parts]

@@ -44,6 +44,26 @@ class IptablesVariant(enum.StrEnum):
     LEGACY = "legacy"
 
 
+class Resolve(enum.StrEnum):
+    """Who turns NetworkPolicies into PolicyEndpoints.
+
+    AUTO: whoever writes PolicyEndpoints, and we where there are none (in a cluster: where the kind
+    is not served; in files: per policy). ALWAYS: we, PolicyEndpoints count for nothing. NEVER: only
+    PolicyEndpoints count.
+    """
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class PodNames(enum.StrEnum):
+    """Whose names events show: this node's pods, or all of the cluster (a watch of all pods per node)."""
+
+    LOCAL = "local"
+    CLUSTER = "cluster"
+
+
 @dataclass(frozen=True, slots=True)
 class MarkLayout:
     """Our three bits of the packet mark, single-bit masks.
@@ -80,7 +100,7 @@ class MarkLayout:
 class AgentConfig:
     """Everything `podgate agent` can be told."""
 
-    sources: tuple[Path, ...]
+    sources: tuple[Path, ...]  # empty: the cluster's API server
     node_ips: tuple[bytes, ...] = ()  # empty: this node's own addresses
     node_name: str | None = None
     mode: Mode = Mode.STANDARD
@@ -95,4 +115,9 @@ class AgentConfig:
     veth_prefix: str = "eni"
     on_stop: OnStop = OnStop.AUTO
     control: Path = DEFAULT_CONTROL
+    kubeconfig: str | None = None  # None: the pod's own credentials, else ~/.kube/config
+    resolve: Resolve = Resolve.AUTO
+    pod_names: PodNames = PodNames.LOCAL
+    quiet: float = 0.02  # seconds without a change of objects before changes are put in force …
+    quiet_limit: float = 0.2  # … and how long changes may be put off in all
     verify_seconds: float = 10.0  # how often others' changes to our rules are looked for

@@ -78,6 +78,7 @@ class Enforcement:
         self.refused: str | None = None  # why the newest plan is not in force
         self.faults: list[str] = []  # what the last look at our own rules and threads found
         self.started = False  # the queues are ours; before that, rules found here are another agent's
+        self.when_in_force: Callable[[], None] = lambda: None  # called each time a change has come into force
         self.generation = 0  # of the table in force, its rules in the kernel too
         self._tables = 0  # how many were made
         # What blocks on the kernel or its tools runs here, one call after the other: a change that was
@@ -242,6 +243,7 @@ class Enforcement:
             self.refused = str(error)
             return
         self.in_force, self.refused, self.generation = plan, None, table.generation
+        self.when_in_force()
         self.log.info(
             "ready" if old is None else "rules in force",
             generation=table.generation,

@@ -12,9 +12,20 @@ import click
 
 from dataplane.addresses import parse_address
 from dataplane.cli.client import control_option
-from dataplane.config import AgentConfig, Backend, Fail, IptablesVariant, MarkLayout, Mode, OnStop
+from dataplane.config import (
+    AgentConfig,
+    Backend,
+    Fail,
+    IptablesVariant,
+    MarkLayout,
+    Mode,
+    OnStop,
+    PodNames,
+    Resolve,
+)
 from dataplane.errors import InputError
 
+CLUSTER = "kubernetes"  # as --source
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -41,13 +52,36 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     return click.option(name, envvar=[variable, *extra], show_default=True, show_envvar=True, **settings)
 
 
-@click.command(epilog="Example:  podgate agent --source ./policies --node-ip 10.0.0.1 --node-ip fd00::1")
+@click.command(
+    epilog="Example:  podgate agent --source ./policies --node-ip 10.0.0.1 --node-ip fd00::1\n\n"
+    "In a cluster:  podgate agent --source kubernetes --node-name $NODE_NAME"
+)
 @_option(
     "--source",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    help="A file or directory of YAML, watched. Repeatable.",
+    metavar="PATH|kubernetes",
+    help="A file or directory of YAML, watched; repeatable. Or kubernetes: the cluster's API server"
+    " (a directory of that name: ./kubernetes).",
+)
+@_option(
+    "--kubeconfig",
+    also=["KUBECONFIG"],
+    metavar="PATH",
+    help="How to reach the API server. Default: the pod's ServiceAccount, else ~/.kube/config.",
+)
+@_option(
+    "--resolve",
+    type=_choice(Resolve),
+    default=Resolve.AUTO.value,
+    help="Turn NetworkPolicies into rules here. auto: where no PolicyEndpoints are served (in files: for"
+    " policies that have none). always: and ignore PolicyEndpoints. never: only PolicyEndpoints count.",
+)
+@_option(
+    "--pod-names",
+    type=_choice(PodNames),
+    default=PodNames.LOCAL.value,
+    help="Whose names events show. cluster: of pods on other nodes too, by a watch of all pods.",
 )
 @_option(
     "--node-ip",
@@ -56,7 +90,11 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     also=["NODE_IP"],
     help="An address by which objects name this node (hostIP). Repeatable. Default: this node's own.",
 )
-@_option("--node-name", also=["NODE_NAME"], help="This node's name, for logs.")
+@_option(
+    "--node-name",
+    also=["NODE_NAME"],
+    help="This node's name, as its Node object has it; needed with --source kubernetes.",
+)
 @_option(
     "--mode",
     type=_choice(Mode),
@@ -107,6 +145,18 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     default=OnStop.AUTO.value,
     help="Keep our rules in the kernel or take them away; auto: keep on SIGTERM, clean on Ctrl-C.",
 )
+@_option(
+    "--coalesce-ms",
+    type=click.IntRange(0, 10_000),
+    default=20,
+    help="Put a change of objects in force when none has followed for so long.",
+)
+@_option(
+    "--coalesce-limit-ms",
+    type=click.IntRange(0, 60_000),
+    default=200,
+    help="… and at the latest so long after the first one.",
+)
 @_option("--verify-seconds", type=click.FloatRange(min=0.05), default=10.0, hidden=True)
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="PODGATE_LOG_FORMAT"
@@ -122,8 +172,20 @@ def command(log_format: str, **options: Any) -> None:
         mask = int(options.pop("mark_mask"), 0)
     except ValueError:
         raise InputError("--mark-mask: write it as a number, for example 0x70000000") from None
+    cluster = options["source"] == (CLUSTER,)
+    if CLUSTER in options["source"] and not cluster:
+        raise InputError("--source kubernetes: stands alone, it cannot be combined with files")
+    if cluster and not options["node_name"]:
+        raise InputError(
+            "--source kubernetes needs --node-name (or NODE_NAME): the name of this node's Node object"
+        )
     config = AgentConfig(
-        sources=options["source"],
+        sources=() if cluster else tuple(map(Path, options["source"])),
+        kubeconfig=options["kubeconfig"],
+        resolve=Resolve(options["resolve"]),
+        pod_names=PodNames(options["pod_names"]),
+        quiet=options["coalesce_ms"] / 1000,
+        quiet_limit=options["coalesce_limit_ms"] / 1000,
         node_ips=options["node_ip"],
         node_name=options["node_name"] or os.uname().nodename,
         mode=Mode(options["mode"]),

@@ -19,7 +19,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -90,7 +90,8 @@ class Store:
     """Holds objects per origin. Not for several threads: call it from the event loop's thread.
 
     `wait_change` returns once no further change came for `quiet` seconds, at the latest `limit`
-    seconds after the first one: slices of one policy change arrive one after another.
+    seconds after the first one: slices of one policy change arrive one after another. Objects of
+    the kinds `without` are not taken up.
     """
 
     def __init__(
@@ -98,11 +99,13 @@ class Store:
         *,
         quiet: float = 0.02,
         limit: float = 0.2,
+        without: Collection[type] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._quiet = quiet
         self._limit = limit
+        self._without = tuple(without)
         self._clock = clock
         self._sleep = sleep
         self._origins: dict[str, _Origin] = {}
@@ -125,6 +128,8 @@ class Store:
         new = _Origin()
         repeated: set[str] = set()
         for item in objects:
+            if isinstance(item, self._without):
+                continue
             name = identity(item)
             if new.given.get(name, item) != item:
                 repeated.add(name)
@@ -217,6 +222,11 @@ class Store:
         await self._changed.wait()
         while (wait := self._unsettled()) > 0:
             await self._sleep(wait)
+
+    @property
+    def changed_since(self) -> float | None:
+        """When the first change came that the latest snapshot does not show; None when there is none."""
+        return self._first if self._changed.is_set() else None
 
     @property
     def settled(self) -> bool:

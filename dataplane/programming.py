@@ -1,0 +1,74 @@
+"""How long a change takes from its cause to the rules in force."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dataplane.model import Snapshot
+from dataplane.sources.store import Store
+
+RECENT = 1024
+
+
+class Latency(NamedTuple):
+    """Of one change that came into force, in seconds.
+
+    `received`: since its first event was received, the coalescing window included. `triggered`: since
+    the trigger time that its PolicyEndpoint carries, None where it carries none; 0 where the clock of
+    the machine that wrote it is ahead of ours.
+    """
+
+    received: float
+    triggered: float | None
+
+
+class Programming:
+    """A store that remembers when what it gives out came in.
+
+    `Enforcement` takes snapshots from it, and tells it when they are in force. `recent` holds the last
+    latencies; every function of `listeners` is called with each.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last = Snapshot()
+        self._triggers: list[float] = []  # of changes that no snapshot shows yet
+        self._taken: list[Latency] = []  # … that a snapshot shows, with times instead of spans
+        self.recent: deque[Latency] = deque(maxlen=RECENT)
+        self.listeners: list[Callable[[Latency], None]] = []
+
+    @property
+    def settled(self) -> bool:
+        return self._store.settled
+
+    async def wait_change(self) -> None:
+        await self._store.wait_change()
+
+    def snapshot(self) -> Snapshot:
+        """The store's, and the beginning of the way into force of what is new in it."""
+        since, triggers = self._store.changed_since, self._triggers
+        snapshot = self._store.snapshot()
+        self._triggers = []
+        if snapshot != self._last and since is not None:
+            times: list[float | None] = [*triggers] or [None]
+            self._taken += (Latency(since, trigger) for trigger in times)
+        self._last = snapshot
+        return snapshot
+
+    def trigger(self, changed_at: float | None) -> None:
+        """A change is in the store, whose cause was at `changed_at` (seconds since the epoch)."""
+        if changed_at is not None:
+            self._triggers.append(changed_at)
+
+    def in_force(self) -> None:
+        """Everything that snapshots have shown is in force."""
+        taken, self._taken = self._taken, []
+        now, wall = time.monotonic(), time.time()
+        for since, trigger in taken:
+            latency = Latency(now - since, None if trigger is None else max(wall - trigger, 0.0))
+            self.recent.append(latency)
+            for listener in self.listeners:
+                listener(latency)
