@@ -29,14 +29,15 @@ def selector_manifest(selector: LabelSelector) -> dict[str, Any]:
 def to_yaml(documents: Iterable[Mapping[str, Any]]) -> str:
     """YAML documents, each after a line `---`; texts that some reader takes for a number are quoted."""
     import yaml  # only commands that print it pay for it
+    from yaml.cyaml import CSafeDumper  # four times as fast
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(CSafeDumper):
         """Quotes what one reader or another of YAML takes for a number: `1e3`, `22:22`, `0777`."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    def text(dumper: CSafeDumper, value: str) -> yaml.ScalarNode:
         style = None if value[:1].isalpha() else '"'
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 

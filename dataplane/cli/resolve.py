@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from dataplane.cli.progress import progress
+
 
 @click.command(
     epilog="Example:  kubectl get netpol,pods,ns,svc -A -o yaml > dump.yaml; podgate resolve dump.yaml"
@@ -31,11 +33,13 @@ def command(paths: tuple[Path, ...], output: str) -> None:
     from dataplane.sources.directory import read_paths
     from dataplane.sources.manifest import manifest
 
-    snapshot = read_paths(paths)
+    with progress(f"Reading {' '.join(map(str, paths))}"):
+        snapshot = read_paths(paths)
     for problem in snapshot.problems:
         click.echo(f"podgate: warning: {problem}", err=True)
     policies = {policy.key: policy for policy in snapshot.network_policies}
-    made = policy_endpoints(snapshot)
+    with progress("Resolving"):
+        made = policy_endpoints(snapshot)
     if not policies:
         click.echo("podgate: no NetworkPolicy here, so there is nothing to resolve", err=True)
     elif given := policies.keys() - {endpoint.policy for endpoint in made}:

@@ -12,6 +12,8 @@ from dataplane.sources.fields import identity, show
 from dataplane.sources.store import KubernetesObject
 from dataplane.sources.text import Located, TextError, documents
 
+MAX_PROBLEMS = 1000  # per file: a million bad objects must not become a million log lines
+
 _Reader = Callable[[object, str], tuple[KubernetesObject | None, list[Problem]]]
 
 # kind → (apiVersion, reader)
@@ -30,6 +32,27 @@ class Contents:
     problems: list[Problem] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # kind → how many
     lines: dict[str, int] = field(default_factory=dict)  # identity → where it begins, the last one's
+    more: int = 0  # problems that are not listed
+    lost: bool = False  # one of them tells of something that is not among `objects`
+
+    def add(self, problem: Problem, *, lost: bool = True) -> None:
+        """List a problem. `lost`: what it is about is not among `objects`."""
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+        else:
+            self.more += 1
+            self.lost = self.lost or lost
+
+    def finish(self) -> None:
+        """Tell how many problems are not listed."""
+        if self.more:
+            # Without a name everything read from the file before stays in force: what was lost may be
+            # any of it. The name of an object that can be used does no such thing.
+            last = self.problems[-1]
+            name = "" if self.lost or not self.objects else store.identity(self.objects[-1])
+            self.problems.append(
+                Problem(last.source, name, "", f"and {self.more} more problems in this file")
+            )
 
 
 def read_contents(data: bytes, source: str, *, only_json: bool = False) -> Contents:
@@ -39,9 +62,10 @@ def read_contents(data: bytes, source: str, *, only_json: bool = False) -> Conte
     for number, document in enumerate(parsed, 1):
         where = f"document {number}" if len(parsed) > 1 else ""
         if isinstance(document, TextError):
-            found.problems.append(Problem(source, "", where, f"{document}; this document is not used"))
+            found.add(Problem(source, "", where, f"{document}; this document is not used"))
         else:
             _document(document, source, where, found)
+    found.finish()
     return found
 
 
@@ -60,17 +84,17 @@ def _document(document: object, source: str, where: str, found: Contents) -> Non
         raw, place, inherited = waiting.pop()
         if not isinstance(raw, Mapping):
             reason = f"must be an object with kind and metadata, not {show(raw)}"
-            found.problems.append(Problem(source, "", place, reason))
+            found.add(Problem(source, "", place, reason))
             continue
         kind = raw.get("kind", inherited or None)
         if not isinstance(kind, str) or not kind:
             reason = "has no kind" if kind is None else f"kind must be text, not {show(kind)}"
-            found.problems.append(Problem(source, "", place, reason))
+            found.add(Problem(source, "", place, reason))
         elif kind.endswith("List") and "items" in raw:
             items = raw["items"]
             if items is not None and not isinstance(items, list):
                 reason = f"items must be a list, not {show(items)}"
-                found.problems.append(Problem(source, "", place, reason))
+                found.add(Problem(source, "", place, reason))
                 continue
             # The items of a typed list (PodList) may leave out their kind.
             below = kind.removesuffix("List")
@@ -85,6 +109,7 @@ def _document(document: object, source: str, where: str, found: Contents) -> Non
 
 def _object(kind: str, raw: Mapping[object, object], source: str, place: str, found: Contents) -> None:
     version, read = _READERS[kind]
+    item: KubernetesObject | None = None
     given = raw.get("apiVersion", version)
     if given == version:
         item, problems = read(raw, source)
@@ -98,4 +123,4 @@ def _object(kind: str, raw: Mapping[object, object], source: str, place: str, fo
     for problem in problems:
         # Without a name, its place in the file is all that identifies it.
         field_ = ", ".join(part for part in (place, problem.field) if part)
-        found.problems.append(problem if problem.object else replace(problem, field=field_))
+        found.add(problem if problem.object else replace(problem, field=field_), lost=item is None)

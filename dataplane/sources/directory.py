@@ -35,7 +35,7 @@ from dataplane.model import Problem, Snapshot
 from dataplane.sources.contents import Contents, read_contents
 from dataplane.sources.store import Store, identity
 
-MAX_FILE = 64 * 1024 * 1024
+MAX_FILE = 128 * 1024 * 1024
 MAX_DIRECTORIES = 10_000
 SUFFIXES = (".yaml", ".yml", ".json")
 HOLD = 1.0  # seconds that a file may stay open for writing without a change before it is read
@@ -223,7 +223,7 @@ class DirectorySource:
                     if not os.access(root, os.R_OK):
                         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
                     if status.st_size > MAX_FILE:
-                        raise OSError(0, f"larger than {MAX_FILE >> 20} MiB")
+                        raise OSError(0, f"larger than {MAX_FILE >> 20} MiB; split it")
                     _note_file(root, listing)
             except OSError as error:
                 listing.broken[root] = _reason(error)
@@ -467,12 +467,12 @@ def _read_file(path: str) -> tuple[bytes, _Signature]:
         if stat.S_ISDIR(status.st_mode):
             raise OSError(0, "it is a directory")
         if stat.S_ISREG(status.st_mode) and status.st_size > MAX_FILE:
-            raise OSError(0, f"larger than {MAX_FILE >> 20} MiB")
+            raise OSError(0, f"larger than {MAX_FILE >> 20} MiB; split it")
         if not stat.S_ISREG(status.st_mode):
             os.set_blocking(descriptor, True)
         data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise OSError(0, f"larger than {MAX_FILE >> 20} MiB")
+            raise OSError(0, f"larger than {MAX_FILE >> 20} MiB; split it")
         return data, _signature(status)
 
 

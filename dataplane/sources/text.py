@@ -20,11 +20,16 @@ import yaml
 from yaml.cyaml import CParser  # type: ignore[attr-defined]
 
 MAX_DEPTH = 64  # Kubernetes objects need about 15
-MAX_VALUES = 10_000_000  # about 64 MiB of what kubectl prints
+MAX_DOCUMENTS = 100_000  # in one file; each costs some 10 µs even when it is empty
+MAX_VALUES = 6_000_000  # in one document: about 128 MiB of what kubectl prints as YAML
 MAX_EXPANDED = 1_000_000  # values that aliases may stand for ("billion laughs")
 
+_MAX_KNOWN = 65_536  # different scalars of which equal ones share one value
+
+_TOO_MANY = f"more than {MAX_VALUES} values; split the file"
 _MARKER = re.compile(r"^---(?=[ \t\r\n]|\Z)", re.MULTILINE)
-_DIRECTIVES = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|%[^\n]*(?:\n|\Z))+")
+# Possessive: a way back for each of a million lines takes gigabytes.
+_DIRECTIVES = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|%[^\n]*(?:\n|\Z))++")
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+)")
 _WORDS: dict[str, object] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
@@ -36,6 +41,10 @@ _TAGGED = {"null": type(None), "bool": bool, "int": int, "float": float}
 
 class TextError(ValueError):
     """A document cannot be parsed: one line, with the line number where there is one."""
+
+
+class _LimitError(TextError):
+    """A bound is broken: reading it another way would not help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +79,30 @@ def documents(data: bytes, *, only_json: bool = False) -> Iterator[object | Text
         try:
             values = list(_json(text))
         except TextError as error:
-            if only_json:
+            if only_json or isinstance(error, _LimitError):
                 yield error
                 return
         else:
             yield from values
             return
-    line = 0
+    line = number = 0
     for piece in _pieces(text):
-        yield from _yaml(piece, line)
+        held = 0
+        for document in _yaml(piece, line):
+            if number + held == MAX_DOCUMENTS:
+                yield _too_many_documents()
+                return
+            yield document
+            held += 1
+        number += max(held, 1)  # an empty one costs as much
+        if number > MAX_DOCUMENTS:
+            yield _too_many_documents()
+            return
         line += piece.count("\n")
+
+
+def _too_many_documents() -> TextError:
+    return _LimitError(f"more than {MAX_DOCUMENTS} documents; split the file")
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -89,8 +112,12 @@ def _unique(pairs: list[tuple[str, object]]) -> object:
     whole = dict(pairs)
     if len(whole) == len(pairs):
         return whole
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
+    seen: set[str] = set()
+    twice = ""
+    for twice, _ in pairs:
+        if twice in seen:
+            break
+        seen.add(twice)
     return Unreadable(f"a map with the key {twice[:80]!r} twice")
 
 
@@ -104,10 +131,17 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 def _json(text: str) -> Iterator[object]:
     """One JSON value, or several one after another (as `jq` prints them)."""
+    # Before memory is used, and so counted in texts too: at least as many as there are.
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise _LimitError(_TOO_MANY)
     position = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches anything
+    number = 0
     line = 1 + text.count("\n", 0, position)
     while position < len(text):
         start = position
+        number += 1
+        if number > MAX_DOCUMENTS:
+            raise _too_many_documents()
         try:
             value, position = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
@@ -131,9 +165,9 @@ def _pieces(text: str) -> Iterator[str]:
     YAML allows `---` at the start of a line as nothing but a document marker, not even inside
     quotes (YAML 1.2 §9.1.2, c-forbidden).
     """
-    starts = [match.start() for match in _MARKER.finditer(text)]
     begin = 0
-    for start in starts:
+    for match in _MARKER.finditer(text):
+        start = match.start()
         # Directives and comments belong to the document that follows.
         if not _DIRECTIVES.fullmatch(text, begin, start) and start > begin:
             yield text[begin:start]
@@ -206,6 +240,9 @@ class _Builder:
         self._anchors: dict[str, tuple[object, int]] = {}  # value, how many values it stands for
         self._values = 0
         self._expanded = 0
+        # A dump says the same few thousand words a million times: equal ones are one object.
+        self._names: dict[str, str] = {}
+        self._known: dict[str, object] = {}
 
     def feed(self, event: yaml.Event) -> None:
         """Take the next event. TextError when the document breaks a bound or means nothing."""
@@ -214,7 +251,7 @@ class _Builder:
             if frame is not None and frame.members is not None and frame.key is None:
                 self._key(frame, event.value, plain=event.implicit[0])
             else:
-                self._add(_scalar(event), event.anchor, self._count(1))
+                self._add(self._scalar(event), event.anchor, self._count(1))
         elif isinstance(event, yaml.CollectionStartEvent):
             self._start(event)
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -246,11 +283,13 @@ class _Builder:
         before = self._values
         self._values += values
         if self._values > MAX_VALUES:
-            raise TextError(f"more than {MAX_VALUES} values")
+            raise TextError(_TOO_MANY)
         return before
 
     def _key(self, frame: _Frame, name: str, *, plain: bool) -> None:
         assert frame.members is not None
+        if len(self._names) < _MAX_KNOWN:
+            name = self._names.setdefault(name, name)
         if name in frame.members:
             frame.twice = f"the key {name[:80]!r}"
         frame.key = name
@@ -286,16 +325,22 @@ class _Builder:
             frame.members[frame.key] = value
         frame.key = None
 
-
-def _scalar(event: yaml.ScalarEvent) -> object:
-    text = event.value
-    if event.tag is not None and event.tag not in ("!", _TAG + "str"):
+    def _scalar(self, event: yaml.ScalarEvent) -> object:
+        text = event.value
+        if event.tag is not None and event.tag not in ("!", _TAG + "str"):
+            value = _plain(text)
+            kind = event.tag.removeprefix(_TAG)
+            if kind not in _TAGGED or type(value) is not _TAGGED[kind]:
+                raise TextError(f"{text[:80]!r} is no {kind[:80]!r}")
+            return value
+        if not event.implicit[0]:
+            return text
+        if text in self._known:
+            return self._known[text]
         value = _plain(text)
-        kind = event.tag.removeprefix(_TAG)
-        if kind not in _TAGGED or type(value) is not _TAGGED[kind]:
-            raise TextError(f"{text[:80]!r} is no {kind[:80]!r}")
+        if len(self._known) < _MAX_KNOWN:
+            self._known[text] = value
         return value
-    return _plain(text) if event.implicit[0] else text
 
 
 def _plain(text: str) -> object:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from dataplane.sources import contents
 from dataplane.sources.contents import Contents, read_contents, summary
-from dataplane.sources.store import identity
+from dataplane.sources.networkpolicy import network_policy
+from dataplane.sources.store import Store, identity
 
 
 def endpoint(name: str = "p-1", **spec: Any) -> dict[str, Any]:
@@ -132,6 +134,26 @@ def test_broken_text_is_one_problem() -> None:
     found = read_contents(b"a: [\n", "f.yaml")
     assert places(found) == [("", "")]
     assert str(found.problems[0]).startswith("f.yaml: line 2: not YAML: ")
+
+
+def test_problems_of_a_file_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "MAX_PROBLEMS", 10)
+    # Of what can be used: the line names one of these, so that nothing is kept that went from the file.
+    odd = pod() | {"spec": {"nodeName": 7}}
+    found = read({"kind": "List", "items": [odd | {"metadata": {"name": f"p{n}"}} for n in range(30)]})
+    assert len(found.objects) == 30
+    assert len(found.problems) == 11
+    assert str(found.problems[-1]) == "f.yaml: Pod default/p29: and 20 more problems in this file"
+    # Of what cannot be used, the name of some is not told: whatever was read before stays.
+    unusable = [endpoint(f"p{n}", policyRef=None) for n in range(29)]
+    found = read({"kind": "List", "items": [*unusable, odd, pod("b")]})
+    assert [problem.object for problem in found.problems[-2:]] == ["PolicyEndpoint x/p9", ""]
+    assert found.problems[-1].reason == "and 20 more problems in this file"
+    store = Store()
+    before = [network_policy({"metadata": {"name": "old", "namespace": "x"}}, "f")[0]]
+    store.replace("f", [item for item in before if item is not None], [])
+    store.replace("f", found.objects, found.problems)
+    assert [str(policy.key) for policy in store.snapshot().network_policies] == ["x/old"]
 
 
 def test_lists_as_deep_as_json_allows() -> None:

@@ -110,8 +110,8 @@ def test_file_beyond_the_limit_is_refused_quickly(tmp_path: Path) -> None:
     snapshot = read_paths([tmp_path])
     assert time.monotonic() - start < 5
     assert cidrs(snapshot) == {"a": "10.0.0.1/32"}
-    assert lines(snapshot) == [f"{tmp_path}/huge.yaml: cannot be read: larger than 64 MiB"]
-    with pytest.raises(InputError, match="larger than 64 MiB"):
+    assert lines(snapshot) == [f"{tmp_path}/huge.yaml: cannot be read: larger than 128 MiB; split it"]
+    with pytest.raises(InputError, match="larger than 128 MiB"):
         read_paths([tmp_path / "huge.yaml"])
 
 

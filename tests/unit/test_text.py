@@ -8,6 +8,7 @@ import math
 import pytest
 import yaml
 
+from dataplane.sources import text
 from dataplane.sources.text import MAX_DEPTH, TextError, Unreadable, documents
 
 
@@ -159,6 +160,67 @@ def test_alias_bomb() -> None:
     ((error),) = read("\n".join(lines))
     assert isinstance(error, tuple)
     assert "aliases stand for more than" in error[0]
+
+
+def test_merge_bomb() -> None:
+    lines = ["a0: &a0 {" + ", ".join(f"k{n}: 1" for n in range(1000)) + "}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}], z{n}: 1}}" for n in range(1, 30)]
+    ((error),) = read("\n".join(lines))
+    assert isinstance(error, tuple)
+    assert "aliases stand for more than" in error[0]
+
+
+@pytest.mark.parametrize(
+    "unit", ["---\na: 1\n", "---\n", "#\n---\n", '---\na: "x\n', '{"a": 1}\n', "--- {}\n"]
+)
+def test_documents_without_end(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    monkeypatch.setattr(text, "MAX_DOCUMENTS", 20)
+    found = read(unit * 500)
+    assert len(found) <= 21
+    assert found[-1] == ("more than 20 documents; split the file",)
+    assert ("more than 20 documents; split the file",) not in read(unit * 19)
+
+
+@pytest.mark.parametrize("only_json", [False, True])
+def test_values_without_end(monkeypatch: pytest.MonkeyPatch, only_json: bool) -> None:
+    monkeypatch.setattr(text, "MAX_VALUES", 100)
+    for value in (
+        "[" + "1," * 200 + "1]",
+        "[" + "[]," * 200 + "1]",
+        "[" * 200,
+        '{"a": [' + "{}," * 200 + "1]}",
+    ):
+        ((error),) = read(value, only_json=only_json)
+        assert isinstance(error, tuple)
+        assert "values; split the file" in error[0]
+    ((error),) = read("a:\n" + "- b\n" * 200)
+    assert isinstance(error, tuple)
+    assert error[0].startswith("line 100: more than")
+    assert len(read("[" + "1," * 50 + "1]", only_json=only_json)[0]) == 51  # type: ignore[arg-type]
+
+
+def test_a_million_lines_of_comments_and_directives() -> None:
+    # Once a document of its own; a regular expression that keeps a way back for each takes gigabytes.
+    assert read("#\n" * 1_000_000 + "---\na: 1\n") == [{"a": 1}]
+    ((error),) = read("%A\n" * 1_000_000 + "---\na: 1")
+    assert isinstance(error, tuple)
+
+
+def test_the_key_that_is_there_twice_is_found_among_many() -> None:
+    pairs = ",".join(f'"k{n}":1' for n in range(100_000))
+    ((whole),) = read("{" + pairs + ',"k99999":2}')
+    assert repr(whole) == "a map with the key 'k99999' twice"
+
+
+def test_equal_words_share_one_object() -> None:
+    found = read("- {a b: c d}\n- {a b: c d}")[0]
+    assert isinstance(found, list)
+    (one,), (other,) = (list(each.items()) for each in found)
+    assert one[0] is other[0]
+    assert one[1] is other[1]
+    assert read("- '1'\n- 1\n- \"1\"\n- !!str 1\n- 1.0\n- true\n- 'true'") == [
+        ["1", 1, "1", "1", 1.0, True, "true"]
+    ]
 
 
 def test_not_text() -> None:
