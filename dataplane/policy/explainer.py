@@ -142,6 +142,7 @@ class Explainer:
         return notes
 
 
+_DUMP = "kubectl get netpol,pods,ns,svc -A -o yaml"
 _SENT_ON = "packets are judged when they have been sent on to a pod"
 
 
@@ -203,6 +204,8 @@ def _no_such_pod(key: Key, pod: Pod | None, pods: Mapping[Key, Peer], known: Sna
         behind = _behind(service, known)
         ask = f"ask for one of its pods: {_few(behind)}" if behind else "and no pod here is behind it"
         return f"a Service; {_SENT_ON}; {ask}"
+    if not pods:
+        return f"no pod is known here: give Pod objects too, for example from `{_DUMP}`"
     near = [
         each
         for each in sorted(pods)

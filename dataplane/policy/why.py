@@ -36,7 +36,7 @@ from dataplane.model import (
     Snapshot,
 )
 from dataplane.policy.effective import DirectionRules, effective_rules, isolating_policies
-from dataplane.policy.normalize import NamedPort, PodPeer, normal_peer, normal_port, normalize
+from dataplane.policy.normalize import NAME_LABEL, NamedPort, PodPeer, normal_peer, normal_port, normalize
 from dataplane.policy.resolve import in_force, namespace_labels, newest
 from dataplane.policy.selectors import matches
 
@@ -297,27 +297,30 @@ class Whys:
         rules = self.rules_of(pod, direction)
         key = (direction, policies, id(rules), other, holding, own, len(peer), protocol, port, shown)
         answer = self._answers.get(key)
-        if answer is None:
-            packet = _Packet(protocol, port)
-            candidates: list[Candidate] = []
-            more: Counter[Miss] = Counter()
-            for part, touched in zip(parts, holding, strict=True):
-                told, counted = self._evaluate(part, touched, other, own, peer, packet, shown)
-                if part.written and any(each.miss is Miss.MATCH for each in told):
-                    # The PolicyEndpoints in force say less than the NetworkPolicy: theirs is what counts.
-                    given = self._given(part.policy, rules, direction)
-                    told, counted = self._evaluate(
-                        given, given.holding(peer), other, own, peer, packet, shown
-                    )
-                candidates += told
-                more += counted
-            candidates.sort(key=lambda each: each.order)
-            if shown is not None:
-                more += Counter(each.miss for each in candidates[shown:])
-                del candidates[shown:]
-            alike = [Alike(miss, count) for miss, count in more.items()]
-            alike.sort(key=lambda each: _RANK[each.miss])
-            answer = self._answers[key] = Why(policies, tuple(candidates), tuple(alike))
+        if answer is not None:
+            return answer
+        packet, common = _Packet(protocol, port), True
+        candidates: list[Candidate] = []
+        more: Counter[Miss] = Counter()
+        for part, touched in zip(parts, holding, strict=True):
+            told, counted = self._evaluate(part, touched, other, own, peer, packet, shown)
+            if part.written and any(each.miss is Miss.MATCH for each in told):
+                # The PolicyEndpoints in force say less than the NetworkPolicy: theirs is what counts.
+                given = self._given(part.policy, rules, direction)
+                told, counted = self._evaluate(given, given.holding(peer), other, own, peer, packet, shown)
+                common = False  # theirs are addresses, which `key` does not hold
+            candidates += told
+            more += counted
+        candidates.sort(key=lambda each: each.order)
+        if shown is not None:
+            more += Counter(each.miss for each in candidates[shown:])
+            del candidates[shown:]
+        alike = sorted(
+            (Alike(miss, count) for miss, count in more.items()), key=lambda each: _RANK[each.miss]
+        )
+        answer = Why(policies, tuple(candidates), tuple(alike))
+        if common:
+            self._answers[key] = answer
         return answer
 
     def allowed(
@@ -362,7 +365,7 @@ class Whys:
         if found is None:
             live = self.holders(address)
             if live:
-                found = _Peer(tuple(sorted({self._see(pod) for pod in live})))
+                found = _Peer(tuple(dict.fromkeys(self._see(pod) for pod in live)))
             elif address in self._claims:
                 found = _Peer((), Miss.FINISHED)
             elif address in self._named:
@@ -387,26 +390,26 @@ class Whys:
     def _write(self, policy: NetworkPolicy, direction: Direction) -> _Part:
         part = _Part(policy.key, direction, written=True)
         ingress = direction is Direction.INGRESS
-        problems = self._problems.get(f"NetworkPolicy {policy.key}", ())
+        problems = _by_place(self._problems.get(f"NetworkPolicy {policy.key}", ()))
         for number, rule in enumerate(policy.ingress if ingress else policy.egress):
             place = f"{direction}[{number}]"
             peers = f"{place}.{'from' if ingress else 'to'}"
             ports = tuple(normal_port(port) for port in rule.ports)
-            bad_port = _reason(problems, f"spec.{place}.ports[")
+            bad_port = problems.get(f"spec.{place}.ports", "")
             if not rule.peers:
                 part.add(_Item(place, None, ports, problem=bad_port))
-            elif rule.peers == (NetworkPolicyPeer(),) and not _reason(problems, f"spec.{peers}["):
-                reason = _reason(problems, f"spec.{place}") or _reason(problems, f"spec.{direction}")
+            elif rule.peers == (NetworkPolicyPeer(),) and f"spec.{peers}[0]" not in problems:
+                reason = problems.get(f"spec.{place}") or problems.get(f"spec.{direction}", "")
                 part.add(_Item(place, Miss.PROBLEM, ports, problem=reason))
             else:
                 for index, each in enumerate(rule.peers):
                     at = f"{peers}[{index}]"
                     found = normal_peer(each, policy.key)
-                    reason = bad_port if found is not None else _reason(problems, f"spec.{at}")
+                    reason = bad_port if found is not None else problems.get(f"spec.{at}", "")
                     own = each.namespace_selector is None
                     part.add(_Item(at, Miss.PROBLEM if found is None else found, ports, own, reason))
         if not part.items:
-            part.add(_Item(f"{direction}", Miss.NO_RULES, ()))
+            part.add(_Item(str(direction), Miss.NO_RULES, ()))
         return part
 
     def _given(self, policy: Key, rules: DirectionRules | None, direction: Direction) -> _Part:
@@ -422,7 +425,7 @@ class Whys:
                         at = f"{name.removeprefix('PolicyEndpoint ')} {problem.field.removeprefix('spec.')}"
                         part.add(_Item(at, Miss.PROBLEM, (), problem=problem.reason))
             if not part.items:
-                part.add(_Item(f"{direction}", Miss.NO_RULES, ()))
+                part.add(_Item(str(direction), Miss.NO_RULES, ()))
         return part
 
     # --- one policy against one packet --------------------------------------------------------------------
@@ -473,50 +476,38 @@ class Whys:
             return say(Miss.NO_RULES, About.RULE, f"{they} no {part.direction} rules: nothing is allowed")
         if item.peer is Miss.PROBLEM:
             return say(Miss.PROBLEM, About.RULE, f"cannot be used: {item.problem or 'it could not be read'}")
-        assert not isinstance(item.peer, Miss)
-        if isinstance(item.peer, PodPeer):
-            holders: list[_Seen | None] = list(peer.pods)
-            missed = [
-                self._selector_miss(item, item.peer, pod, peer.absent, part.direction) for pod in peer.pods
-            ] or [self._selector_miss(item, item.peer, None, peer.absent, part.direction)]
-        elif item.peer is None:
-            holders, missed = list(peer.pods), [None] * max(1, len(peer.pods))
-        else:
-            holders, missed = [], [_block_miss(item.peer, address)]
-        looked_up = isinstance(item.peer, PodPeer) or item.peer is None
-        best: Candidate | None = None
-        for number, wrong in enumerate(missed):
-            if part.direction is Direction.INGRESS:
-                holder, whose = own, About.OWN
+        ingress, by_address = part.direction is Direction.INGRESS, isinstance(item.peer, IPBlock)
+        found: list[Candidate] = []
+        for pod in (None,) if by_address else peer.pods or (None,):
+            wrong = self._peer_miss(part.policy, item, pod, peer.absent, address)
+            if ingress:
+                ports = _port_miss(item, packet, own, About.OWN)
             else:
-                holder = holders[number] if looked_up and number < len(holders) else None
-                whose = About.PEER
-            ports = _port_miss(item, packet, holder, whose, looked_up or part.direction is Direction.INGRESS)
-            if wrong is None and ports is None:
-                candidate = say(Miss.MATCH, About.RULE, "matches")
-            elif wrong is None:
-                assert ports is not None
-                candidate = say(*ports)
-            elif ports is None:
-                candidate = say(*wrong)
-            else:
+                ports = _port_miss(item, packet, pod, About.RULE if by_address else About.PEER)
+            if wrong is not None and ports is not None:
                 miss, about, text = wrong
-                candidate = say(miss, about, f"{text}; the port does not match either", near=False)
-            if best is None or candidate.order < best.order:
-                best = candidate
-        assert best is not None
-        return best
+                found.append(say(miss, about, f"{text}; the port does not match either", near=False))
+            else:
+                found.append(say(*(wrong or ports or (Miss.MATCH, About.RULE, "matches"))))
+        return min(found, key=lambda each: each.order)
 
-    def _selector_miss(
-        self, item: _Item, peer: PodPeer, pod: _Seen | None, absent: Miss, direction: Direction
+    def _peer_miss(
+        self, policy: Key, item: _Item, pod: _Seen | None, absent: Miss, address: bytes
     ) -> _Missed | None:
+        """Why an item does not mean the other end: `pod`, one of those that have its address, if any."""
+        peer = item.peer
+        if isinstance(peer, IPBlock):
+            return _block_miss(peer, address)
+        if not isinstance(peer, PodPeer):  # anybody
+            return None
         if pod is None:
             return absent, About.ADDRESS, _ABSENT[absent]
-        if not matches(peer.namespaces, self._namespaces.get(pod.namespace, {})):
+        namespace = self._namespaces.get(pod.namespace, {})
+        if not matches(peer.namespaces, namespace):
             if item.own_namespace:
-                there = f"is in namespace {pod.namespace}, not in the policy's own (no namespaceSelector)"
-                return Miss.NAMESPACE, About.PEER, there
-            failed = _failures(peer.namespaces, self._namespaces.get(pod.namespace, {}))
+                only = f"without namespaceSelector only namespace {policy.namespace} is meant"
+                return Miss.NAMESPACE, About.PEER, f"is in namespace {pod.namespace}; {only}"
+            failed = _failures(peer.namespaces, namespace)
             return Miss.NAMESPACE_LABELS, About.RULE, f"namespace {pod.namespace} {failed}"
         labels = dict(pod.labels)
         if not matches(peer.pods, labels):
@@ -538,14 +529,16 @@ def _place(direction: Direction, rule: int) -> str:
     return f"{direction} rule {rule}"
 
 
-def _reason(problems: Iterable[Problem], where: str) -> str:
-    """What is wrong with a field or something in it; empty when nothing is."""
+def _by_place(problems: Iterable[Problem]) -> dict[str, str]:
+    """What is wrong with a field, or first in something in it, by the field's path."""
+    found: dict[str, str] = {}
     for problem in problems:
-        if problem.field == where or problem.field.startswith((f"{where}.", f"{where}[")):
-            return f"{problem.field}: {problem.reason}"
-        if where.endswith("[") and problem.field.startswith(where):
-            return f"{problem.field}: {problem.reason}"
-    return ""
+        reason = f"{problem.field}: {problem.reason}"
+        for index, character in enumerate(problem.field):
+            if character in ".[":
+                found.setdefault(problem.field[:index], reason)
+        found.setdefault(problem.field, reason)
+    return found
 
 
 def _block_miss(block: IPBlock, address: bytes) -> _Missed | None:
@@ -568,10 +561,11 @@ def _narrowest(prefixes: Iterable[Prefix], address: bytes) -> Prefix | None:
     return max(holding, key=lambda prefix: prefix.length, default=None)
 
 
-def _port_miss(
-    item: _Item, packet: _Packet, holder: _Seen | None, whose: About, looked_up: bool
-) -> _Missed | None:
-    """Why the ports of an item do not hold the packet's. `holder`: the pod whose names count, if any."""
+def _port_miss(item: _Item, packet: _Packet, holder: _Seen | None, whose: About) -> _Missed | None:
+    """Why the ports of an item do not hold the packet's.
+
+    `holder`: the pod whose names count, if any; `whose`: the end that it is, RULE where no pod's do.
+    """
     if not item.ports:
         return None
     allows: list[str] = []
@@ -598,7 +592,7 @@ def _port_miss(
         names = ", ".join(port.name for port in missing)
         kind = PROTOCOL_NAMES.get(packet.protocol, str(packet.protocol))
         also = f"; besides, {_listed(allows)} is allowed" if allows else ""
-        if not looked_up:
+        if whose is About.RULE:
             return (
                 Miss.NAMED_PORT,
                 About.RULE,
@@ -651,6 +645,8 @@ def _failure(requirement: Requirement, value: str | None) -> str:
     key, operator, values = requirement
     match operator:
         case Operator.IN:
+            if key == NAME_LABEL:
+                return f"is not {' or '.join(values)}"
             wanted = f"{key}={values[0]}" if len(values) == 1 else f"{key} In ({_listed(values)})"
             if value is None:
                 return f"has no label {key} (asked for: {wanted})"

@@ -133,8 +133,8 @@ def test_text(tmp_path: Path) -> None:
         "    the pod is isolated in this direction and no rule of its policies matches\n"
         "    isolated by shop/db, shop/deny\n"
         "      shop/db ingress[1].from[0]: wrong port: allows pg (5432/TCP), packet is 80/TCP\n"
-        "      shop/db ingress[0].from[0]: ops/prober is in namespace ops, not in the policy's own"
-        " (no namespaceSelector); the port does not match either\n"
+        "      shop/db ingress[0].from[0]: ops/prober is in namespace ops; without namespaceSelector only"
+        " namespace shop is meant; the port does not match either\n"
         "      shop/deny ingress: the policy has no ingress rules: nothing is allowed\n"
         "\n"
         "The smallest policy that would allow it:\n"
@@ -240,6 +240,15 @@ def test_pods_that_policies_do_not_see(tmp_path: Path) -> None:
     )
     assert fails(tmp_path, "nowhere/nobody", "shop/db-0", "80").endswith("; an IP address works too")
     assert fails(tmp_path, "shop-web", "shop/db-0", "80").endswith("as namespace/pod or as an IP address")
+
+
+def test_objects_without_pods(tmp_path: Path) -> None:
+    path = tmp_path / "policies.json"
+    path.write_text(json.dumps(policy("shop/deny", podSelector={})))
+    argv = [str(path), "--from", "shop/web-1", "--to", "shop/db-0", "--port", "80"]
+    error = CliRunner().invoke(command, argv).exception
+    assert isinstance(error, InputError)
+    assert "give Pod objects too, for example from `kubectl get netpol,pods,ns,svc -A -o yaml`" in str(error)
 
 
 def test_icmp_and_both_families(tmp_path: Path) -> None:

@@ -176,10 +176,14 @@ CASES: dict[str, tuple[Raw | None, str, Miss, str, str]] = {
         Miss.NAMESPACE_LABELS, "ingress[0].from[0]",
         "namespace x has no label team (asked for: team=red)",
     ),
+    "a namespace by its name": (
+        {"peers": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "z"}}}]},
+        "10.0.0.3", Miss.NAMESPACE_LABELS, "ingress[0].from[0]", "namespace y is not z",
+    ),
     "the policy's namespace only": (
         {"peers": [{"podSelector": {}}]}, "10.0.0.3",
         Miss.NAMESPACE, "ingress[0].from[0]",
-        "y/api is in namespace y, not in the policy's own (no namespaceSelector)",
+        "y/api is in namespace y; without namespaceSelector only namespace x is meant",
     ),
     "finished": (
         {"peers": [{"podSelector": TO_WEB}]}, "10.0.0.4",
@@ -390,6 +394,40 @@ def test_policy_endpoints_that_say_less_than_their_policy_are_told_instead() -> 
     # Where they agree, the policy is what its author knows.
     (found,) = Whys(stale).denied(DB, INGRESS, address("10.0.0.3"), 6, 80).candidates
     assert (found.field, found.miss) == ("ingress[0].from[0]", Miss.NAMESPACE)
+
+
+def test_policy_endpoints_tell_pods_apart_that_policies_do_not() -> None:
+    twins = [pod(f"x/web-{n}", f"10.0.1.{n}", labels={"app": "web"}) for n in (1, 2)]
+    known = read(*PODS, *twins, policy("x/p", ingress=[{"from": [{"podSelector": TO_WEB}]}]))
+    given = endpoints(rule("10.0.1.1/32", 81, index=0), rule("10.0.1.2/32", 82, index=1))
+    whys = Whys(replace(known, policy_endpoints=(given,)))
+    for peer, near in (("10.0.1.1", "ingress rule 0"), ("10.0.1.2", "ingress rule 1")):
+        first = whys.denied(DB, INGRESS, address(peer), 6, 80).candidates[0]
+        assert (first.field, first.miss) == (near, Miss.PORT)
+
+
+def test_pods_that_share_their_hosts_address() -> None:
+    """Any of them is enough for a rule; the nearest miss is told where none is."""
+    ports: Raw = {"ports": {"http": (80, "TCP")}}
+    shared = [
+        pod("y/one", "192.0.2.7", labels={"app": "one"}, host=True),
+        pod("y/two", "192.0.2.7", labels={"app": "two"}, host=True, **ports),
+    ]
+    unnamed = pod("y/three", "192.0.2.7", labels={"app": "two"}, host=True)
+    unnamed["spec"]["containers"] = [{"ports": [{"containerPort": 80}]}]
+    peers = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "y"}}, "podSelector": {
+        "matchLabels": {"app": "two"}}}]  # fmt: skip
+    rules = [{"from": peers, "ports": [{"port": 81}]}]
+    whys = Whys(read(*PODS, *shared, unnamed, policy("x/p", ingress=rules)))
+    (found,) = whys.denied(DB, INGRESS, address("192.0.2.7"), 6, 80).candidates
+    assert (found.miss, found.sentence) == (Miss.PORT, "wrong port: allows 81/TCP, packet is 80/TCP")
+
+
+def test_a_direction_that_cannot_be_read() -> None:
+    whys = Whys(read(*PODS, policy("x/p", ingress={"from": []})))
+    (found,) = whys.denied(DB, INGRESS, address("10.0.0.2"), 6, 80).candidates
+    assert (found.miss, found.field) == (Miss.PROBLEM, "ingress[0]")
+    assert found.sentence.startswith("cannot be used: spec.ingress: must be a list of rules")
 
 
 def test_a_bad_rule_of_a_policy_endpoint_is_a_candidate() -> None:
