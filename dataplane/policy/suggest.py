@@ -137,7 +137,8 @@ class Suggestions:
 
     def _subject(self, pod: Key, direction: Direction, comments: list[str]) -> LabelSelector | None:
         policies = self._whys.policies(pod, direction)
-        written = [self._written[key].pod_selector for key in policies if key in self._written]
+        known_policies = [self._written[key] for key in policies if key in self._written]
+        written = [policy.pod_selector for policy in known_policies]
         known = self._live.get(pod)
         if known is None:
             if not written:
@@ -146,7 +147,7 @@ class Suggestions:
                 )
                 return None
             comments.append(
-                f"the labels of {pod} are not known here: this selects all the pods of {policies[0]}"
+                f"the labels of {pod} are not known here: this selects all pods of {known_policies[0].key}"
             )
             return written[0]
         selector = self._workload_of(known, comments)

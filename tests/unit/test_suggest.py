@@ -301,7 +301,7 @@ def test_unknown_labels() -> None:
     made = suggest(replace(written, policy_endpoints=(given,)))
     assert made.policy is not None
     assert made.policy.pod_selector == written.network_policies[0].pod_selector
-    assert made.comments[0] == ("the labels of x/db-0 are not known here: this selects all the pods of x/p")
+    assert made.comments[0] == ("the labels of x/db-0 are not known here: this selects all pods of x/p")
 
 
 def test_names_are_new_short_and_valid() -> None:
