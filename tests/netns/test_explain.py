@@ -54,6 +54,8 @@ def test_what_is_suggested_opens_what_was_asked_for(
         ("x/db", "ingress[0].from[0]", "wrong port: allows 81/TCP, packet is 80/TCP"),
         ("x/deny", "ingress", "the policy has no ingress rules: nothing is allowed"),
     ]
+    everything = explain(daemon, "x/web", "x/db", "80/TCP", "--family", str(family), "--all")
+    assert everything == answer  # there are no more
     egress, ingress = answer["suggestions"]
     daemon.write(*yaml.safe_load_all(egress["yaml"] + ingress["yaml"]), file="fix-1.yaml")
     assert reached() == {("x/web", "x/db")}
