@@ -29,13 +29,15 @@ class Server(NamedTuple):
 class DnsServers:
     """The DNS servers of a cluster: pods behind a system Service with port 53, else pods labelled kube-dns.
 
-    `node_local`: node-local DNS runs (its pods are among the objects). `cluster_ips`: the DNS Services'.
+    `node_local`: node-local DNS runs (its pods are among the objects). `services` and
+    `cluster_ips`: the DNS Services and their addresses; `pods`: the pods that answer.
     """
 
     def __init__(self, world: World) -> None:
         servers: set[Server] = set()
         self.cluster_ips: list[bytes] = []
         self.pods: set[Key] = set()
+        self.services: set[Key] = set()
         for service in world.snapshot.services:
             ports = [port for port in service.ports if port.port == PORT]
             if service.key.namespace not in _SYSTEM or not service.selector or not ports:
@@ -44,6 +46,7 @@ class DnsServers:
             if not backends:
                 continue
             self.cluster_ips += service.cluster_ips
+            self.services.add(service.key)
             self.pods.update(pod.key for pod in backends)
             for pod in backends:
                 for protocol, _, target in ports:

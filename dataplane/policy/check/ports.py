@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from dataplane.model import EVERYTHING, PROTOCOL_NAMES, Direction, Pod, Service
+from dataplane.model import EVERYTHING, PROTOCOL_NAMES, Direction, NetworkPolicyPort, Pod, Service
 from dataplane.policy.check.ends import on_the_wrong_end
 from dataplane.policy.check.findings import Check, Finding, Severity
-from dataplane.policy.check.world import Pods, RuleAt, World, counted, names, protocol_of
+from dataplane.policy.check.world import Pods, RuleAt, World, counted, names, near, protocol_of
 from dataplane.policy.normalize import PodPeer
 
 NAMED_PORT_UNKNOWN = Check(
@@ -33,7 +33,7 @@ NAMED_PORT_SOME = Check(
     Severity.NOTE,
     "A named port that only some of the pods have",
     "The entry opens nothing on the others. Silent where the selector is {} and so means pods of all kinds, "
-    "and where another entry of the rule serves the others.",
+    "where it matches more than 500 pods, and where another entry of the rule serves the others.",
 )
 NAMED_PORT_WITHOUT_PODS = Check(
     "named-port-to-addresses",
@@ -56,6 +56,8 @@ CHECKS = (
     NAMED_PORT_WITHOUT_PODS,
     SERVICE_PORT,
 )
+
+_MANY = 500
 
 
 def find(world: World) -> Iterator[Finding]:
@@ -104,19 +106,14 @@ def _names(world: World, rule: RuleAt, anybody: _Anybody) -> Iterator[Finding]:
     groups = concerned(world, rule)
     open_to_all = rule.direction is Direction.EGRESS and rule.normal.peers is None
     said = False  # once for a rule: its other entries leave out the same pods
-    side = "selected" if rule.direction is Direction.INGRESS else "destination"
     for field, port in zip(world.port_fields(rule), rule.written.ports, strict=True):
         if not isinstance(port.port, str):
             continue
         name, protocol = port.port, protocol_of(port)
         if open_to_all:
-            having: list[Pod] = list(anybody.with_name(name))
-            candidates = having
-        elif groups:
-            candidates = list({pod.key: pod for group in groups for pod in group}.values())
-            having = [pod for pod in candidates if any(each.name == name for each in pod.ports)]
-        else:
-            if rule.direction is Direction.EGRESS and not _pod_peers(rule) and rule.normal.peers:
+            groups = [pods] if (pods := anybody.with_name(name)) else []
+        elif not groups:
+            if rule.direction is Direction.EGRESS and rule.normal.peers and not _pod_peers(rule):
                 yield NAMED_PORT_WITHOUT_PODS.at(
                     rule.policy.key,
                     f"{field}.port",
@@ -124,48 +121,58 @@ def _names(world: World, rule: RuleAt, anybody: _Anybody) -> Iterator[Finding]:
                     "write the number",
                 )
             continue
-        right = [
-            pod
-            for pod in having
-            if any(each.name == name and each.protocol == protocol for each in pod.ports)
-        ]
-        if not having:
-            known = sorted({each.name for pod in candidates for each in pod.ports if each.name})
-            if open_to_all:
-                message = f"no pod has a port named {name}"
-            elif len(candidates) == 1:
-                message = f"{candidates[0].key}, the only {side} pod, has no port named {name}"
-            else:
-                message = f"none of the {counted(len(candidates), f'{side} pod')} has a port named {name}"
-            yield NAMED_PORT_UNKNOWN.at(
-                rule.policy.key,
-                f"{field}.port",
-                message,
-                f"named there: {names(known, 6)}"
-                if known
-                else "write the number, or name the container's port",
-            )
-        elif not right:
-            other = next(each for each in having[0].ports if each.name == name)
-            theirs = PROTOCOL_NAMES[other.protocol]
-            yield NAMED_PORT_PROTOCOL.at(
-                rule.policy.key,
-                f"{field}.protocol",
-                f"port {name} is {theirs} on {names(pod.key for pod in having)}, "
-                f"here it is {PROTOCOL_NAMES[protocol]}" + ("" if port.protocol else " (the default)"),
-                f"write `protocol: {theirs}`",
-            )
+        if not any(_has(pod, name, protocol) for group in groups for pod in group):
+            yield _unknown_name(rule, field, port, groups)
         elif not said and not open_to_all and not _selects_all_kinds(rule):
-            left = _unserved(rule, candidates)
+            pods = tuple({pod.key: pod for group in groups for pod in group}.values())
+            left = _unserved(rule, pods) if len(pods) <= _MANY else []
             if left:
                 said = True
+                right = [pod.key for pod in pods if _has(pod, name, protocol)]
                 yield NAMED_PORT_SOME.at(
                     rule.policy.key,
                     f"{field}.port",
-                    f"{names(pod.key for pod in right)} {'has' if len(right) == 1 else 'have'} a port named "
-                    f"{name}, {names(pod.key for pod in left)} {'has' if len(left) == 1 else 'have'} not",
+                    f"{names(right)} {'has' if len(right) == 1 else 'have'} a port named {name}, "
+                    f"{names(pod.key for pod in left)} {'has' if len(left) == 1 else 'have'} not",
                     "name the containers' ports alike, or select only the pods that have it",
                 )
+
+
+def _has(pod: Pod, name: str, protocol: int) -> bool:
+    return any(port.name == name and port.protocol == protocol for port in pod.ports)
+
+
+def _unknown_name(rule: RuleAt, field: str, port: NetworkPolicyPort, groups: list[Pods]) -> Finding:
+    """No pod has a port of that name and protocol; `groups` are the pods that might."""
+    name = port.port
+    pods = {pod.key: pod for group in groups for pod in group}
+    others = [(key, each) for key, pod in pods.items() for each in pod.ports if each.name == name]
+    if others:
+        theirs, written = PROTOCOL_NAMES[others[0][1].protocol], PROTOCOL_NAMES[protocol_of(port)]
+        return NAMED_PORT_PROTOCOL.at(
+            rule.policy.key,
+            f"{field}.protocol",
+            f"port {name} is {theirs} on {names(key for key, _ in others)}, here it is {written}"
+            + ("" if port.protocol else " (the default)"),
+            f"write `protocol: {theirs}`",
+        )
+    side = "selected" if rule.direction is Direction.INGRESS else "destination"
+    if not pods:
+        message = f"no pod has a port named {name}"
+    elif len(pods) == 1:
+        message = f"{next(iter(pods))}, the only {side} pod, has no port named {name}"
+    else:
+        message = f"none of the {counted(len(pods), f'{side} pod')} has a port named {name}"
+    known = sorted({each.name for pod in pods.values() for each in pod.ports if each.name})
+    return NAMED_PORT_UNKNOWN.at(rule.policy.key, f"{field}.port", message, _suggestion(str(name), known))
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    if meant := near(name, known):
+        return f"did you mean {meant}?"
+    return (
+        f"the names there: {names(known, 6)}" if known else "write the number, or name the container's port"
+    )
 
 
 def _pod_peers(rule: RuleAt) -> list[PodPeer]:
@@ -178,7 +185,7 @@ def _selects_all_kinds(rule: RuleAt) -> bool:
     return any(peer.pods == EVERYTHING for peer in _pod_peers(rule))
 
 
-def _unserved(rule: RuleAt, pods: list[Pod]) -> list[Pod]:
+def _unserved(rule: RuleAt, pods: Pods) -> list[Pod]:
     """The pods on which no entry of the rule opens a port that they declare."""
     wanted = {(port.name, port.protocol) for port in rule.normal.names}
     return [

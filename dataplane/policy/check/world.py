@@ -287,7 +287,7 @@ def names(items: Iterable[object], limit: int = 3) -> str:
 
 def near(word: str, words: Sequence[str]) -> str:
     """The word that was probably meant, or nothing."""
-    return next(iter(difflib.get_close_matches(word, words[:1000], 1, 0.75)), "")
+    return next(iter(difflib.get_close_matches(word, words[:1000], 1, 0.6)), "")
 
 
 def counted(number: int, noun: str) -> str:
