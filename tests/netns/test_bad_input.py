@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PODGATE, AgentFactory, LabFactory, RunningAgent, import_path
-from objects import Object, allow, policy, rule, select, until
+from objects import Object, PodLabels, allow, network_policy, policy, rule, select, until
+from packets import check
 from traffic import Stream, arrives, passes, udp
 
 from dataplane.lab.probe import connect
@@ -119,6 +120,153 @@ def test_an_unusable_object_keeps_its_last_version(lab: LabFactory, agent: Agent
         assert not connect(one, "x/c", "x/a", timeout=0.4).reached, field
         daemon.write(good, wait=False)
         until(lambda: not daemon.status()["problems"], what="mended")
+
+
+WEB = {"podSelector": {"matchLabels": {"app": "web"}}}
+LABELS: PodLabels = {"x/a": {"app": "web"}, "x/b": {"app": "client"}, "x/c": {"app": "other"}}
+CLIENTS: Object = {"podSelector": {"matchLabels": {"app": "client"}}}
+ONLY_CLIENTS = (("x/b", "x/a", "80/TCP", "."), ("x/c", "x/a", "80/TCP", "X"))
+NOBODY = (("x/b", "x/a", "80/TCP", "X"), ("x/c", "x/a", "80/TCP", "X"))
+
+# Updates of a policy in force that leave it as it was: nobody can say whom they select.
+UNUSABLE: dict[str, tuple[Object, str]] = {
+    "selector-typo": ({"podSelector": {"matchLabel": {"app": "web"}}}, "spec.podSelector.matchLabel"),
+    "selector-number": ({"podSelector": {"matchLabels": {"app": 1}}}, "spec.podSelector.matchLabels[app]"),
+    "operator": (
+        {"podSelector": {"matchExpressions": [{"key": "app", "operator": "in", "values": ["web"]}]}},
+        "spec.podSelector.matchExpressions[0].operator",
+    ),
+    "in-nothing": (
+        {"podSelector": {"matchExpressions": [{"key": "app", "operator": "In", "values": []}]}},
+        "spec.podSelector.matchExpressions[0].values",
+    ),
+    "exists-what": (
+        {"podSelector": {"matchExpressions": [{"key": "app", "operator": "Exists", "values": ["web"]}]}},
+        "spec.podSelector.matchExpressions[0].values",
+    ),
+    "spec": ("{}", "spec"),
+}
+
+# Rules of which nothing may open, in a policy that isolates all the same.
+EMPTY: dict[str, tuple[object, str]] = {
+    "no-rules": ("all", "spec.ingress"),
+    "typo": ([{"form": [CLIENTS]}], "spec.ingress[0].form"),
+    "peer-typo": ([{"from": [{"podSelektor": {}}]}], "spec.ingress[0].from[0].podSelektor"),
+    "peer-selector": (
+        [{"from": [{"podSelector": {"matchLabels": {"app": True}}}]}],
+        "spec.ingress[0].from[0].podSelector.matchLabels[app]",
+    ),
+    "both-or-one": (
+        [{"from": [{"podSelector": {}, "namespaceSelector": {"matchLabels": []}}]}],
+        "spec.ingress[0].from[0].namespaceSelector.matchLabels",
+    ),
+    "cidr": ([{"from": [{"ipBlock": {"cidr": "0.0.0.0/33"}}]}], "spec.ingress[0].from[0].ipBlock.cidr"),
+    "except": (
+        [{"from": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["::/0"]}}]}],
+        "spec.ingress[0].from[0].ipBlock.except[0]",
+    ),
+    "port": ([{"ports": [{"port": 65536}]}], "spec.ingress[0].ports[0].port"),
+    "port-text": ([{"ports": [{"port": "80"}]}], "spec.ingress[0].ports[0].port"),
+    "protocol": ([{"ports": [{"protocol": "tcp", "port": 80}]}], "spec.ingress[0].ports[0].protocol"),
+    "end": ([{"ports": [{"port": 80, "endPort": 79}]}], "spec.ingress[0].ports[0].endPort"),
+    "end-name": ([{"ports": [{"port": "http", "endPort": 90}]}], "spec.ingress[0].ports[0].endPort"),
+}  # fmt: skip
+
+
+def test_a_broken_update_of_a_network_policy_keeps_it_in_force(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b", "x/c"])
+    good = network_policy("x/web", {**WEB, "ingress": [{"from": [CLIENTS]}]})
+    daemon = agent(one, good, start=False)
+    daemon.write_pods(LABELS)
+    daemon.start()
+    streams = Stream(one, "x/b", "x/a"), Stream(one, "x/b", "x/a", family=6)
+    for name, (change, field) in UNUSABLE.items():
+        spec = {**good["spec"], **change} if isinstance(change, dict) else change
+        daemon.write({**good, "spec": spec}, wait=False)
+        (problem,) = until(lambda: daemon.status()["problems"], what=name)
+        assert "NetworkPolicy x/web" in problem, name
+        assert field in problem, name
+        assert problem.endswith("its last good version stays in force"), name
+        check(one, *ONLY_CLIENTS)
+        daemon.write(good, wait=False)
+        until(lambda: not daemon.status()["problems"], what="mended")
+    assert all(stream.flows() for stream in streams)
+    assert "Traceback" not in daemon.text()
+
+
+def test_broken_rules_of_a_network_policy_allow_nothing(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b", "x/c"])
+    daemon = agent(one, start=False)
+    daemon.write_pods(LABELS)
+    daemon.write(
+        *(network_policy(f"x/{name}", {**WEB, "ingress": rules}) for name, (rules, _) in EMPTY.items())
+    )
+    daemon.start()
+    check(one, *NOBODY)
+    problems = daemon.status()["problems"]
+    for name, (_, field) in EMPTY.items():
+        assert any(f"NetworkPolicy x/{name}: " in each and field in each for each in problems), name
+        assert "reason=" in log_of(daemon, "bad object", f"x/{name}'", field), name
+    # A good peer beside a bad one counts; host bits are read as the API server reads them.
+    mixed = [{"from": [{"podSelector": {"matchLabels": {"app": None}}}, CLIENTS]}]
+    daemon.write(network_policy("x/mixed", {**WEB, "ingress": mixed}), file="more.yaml")
+    check(one, *ONLY_CLIENTS)
+    bits = f"{one.address('x/c')}/24"
+    daemon.write(
+        network_policy("x/bits", {**WEB, "ingress": [{"from": [{"ipBlock": {"cidr": bits}}]}]}),
+        file="more.yaml",
+    )
+    check(one, ("x/b", "x/a", "80/TCP", "."), ("x/c", "x/a", "80/TCP", "."))
+    assert any("bits set after its prefix" in each for each in daemon.status()["problems"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kind: NetworkPolicy\nspec: {podSelector: {\n",
+        "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+        '{"kind": "List", "items": [' * 10_000,
+        "kind: List\nitems:\n- {kind: NetworkPolicy, kind: Pod}\n",
+        "---\n" * 200_000,
+    ],
+    ids=["yaml", "bomb", "deep", "key-twice", "documents"],
+)  # fmt: skip
+def test_a_broken_file_keeps_its_network_policies(lab: LabFactory, agent: AgentFactory, text: str) -> None:
+    one = lab(["x/a", "x/b", "x/c"])
+    daemon = agent(one, network_policy("x/web", {**WEB, "ingress": [{"from": [CLIENTS]}]}), start=False)
+    daemon.write_pods(LABELS)
+    daemon.start()
+    daemon.write_text(text, wait=False)
+    (problem,) = until(lambda: daemon.status()["problems"])
+    assert problem.endswith("what was read from here before stays in force")
+    assert len(problem) < 500
+    check(one, *ONLY_CLIENTS)
+
+
+def test_a_network_policy_in_two_files(lab: LabFactory, agent: AgentFactory) -> None:
+    """The last file by name counts, and a broken one there does not open what the other closes."""
+    one = lab(["x/a", "x/b", "x/c"])
+    good = network_policy("x/web", {**WEB, "ingress": [{"from": [CLIENTS]}]})
+    closed = network_policy("x/web", {**WEB, "policyTypes": ["Ingress"]})
+    daemon = agent(one, good, start=False)
+    daemon.write_pods(LABELS)
+    daemon.start()
+    daemon.write(closed, file="z.yaml")
+    check(one, *NOBODY)
+    (problem,) = daemon.status()["problems"]
+    assert "NetworkPolicy x/web: is also in" in problem
+    assert "z.yaml, which counts" in problem
+    daemon.write({**closed, "spec": {"podSelector": "all"}}, file="z.yaml", wait=False)
+    until(lambda: any("podSelector" in each for each in daemon.status()["problems"]))
+    check(one, *NOBODY)
+    daemon.remove("z.yaml")
+    check(one, *ONLY_CLIENTS)
+    assert daemon.status()["problems"] == []
+    # Twice in one file, with different contents: the last counts, as for `kubectl apply`.
+    daemon.write(closed, good)
+    (problem,) = daemon.status()["problems"]
+    assert "is here more than once; the last one counts" in problem
+    check(one, *ONLY_CLIENTS)
 
 
 @pytest.mark.parametrize("what", ["missing", "unreadable", "directory-gone"])
