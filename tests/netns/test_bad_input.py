@@ -211,11 +211,11 @@ def test_broken_rules_of_a_network_policy_allow_nothing(lab: LabFactory, agent: 
     mixed = [{"from": [{"podSelector": {"matchLabels": {"app": None}}}, CLIENTS]}]
     daemon.write(network_policy("x/mixed", {**WEB, "ingress": mixed}), file="more.yaml")
     check(one, *ONLY_CLIENTS)
-    bits = f"{one.address('x/c')}/24"
-    daemon.write(
-        network_policy("x/bits", {**WEB, "ingress": [{"from": [{"ipBlock": {"cidr": bits}}]}]}),
-        file="more.yaml",
-    )
+    bits = [
+        {"ipBlock": {"cidr": f"{one.address('x/c', family)}/{24 if family == 4 else 64}"}}
+        for family in (4, 6)
+    ]
+    daemon.write(network_policy("x/bits", {**WEB, "ingress": [{"from": bits}]}), file="more.yaml")
     check(one, ("x/b", "x/a", "80/TCP", "."), ("x/c", "x/a", "80/TCP", "."))
     assert any("bits set after its prefix" in each for each in daemon.status()["problems"])
 
