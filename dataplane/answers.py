@@ -180,8 +180,8 @@ class Answers:
                 for pod in pods:
                     if not pod.finished and not pod.host_network:
                         names.update(dict.fromkeys(pod.ips, pod.key))
-            for key, addresses in plan.addresses.items() if plan else ():
-                names.update(dict.fromkeys(addresses, key))
+            for key, known in plan.pods.items() if plan else ():
+                names.update(dict.fromkeys(known.addresses, key))
             self._named = (plan, pods, names)
         return self._named[2]
 
