@@ -56,9 +56,11 @@ def _rule(check: Check) -> dict[str, Any]:
 
 def _result(finding: Finding, rule: int, places: Mapping[str, Place]) -> dict[str, Any]:
     where = ": ".join(part for part in (finding.object, finding.field) if part)
-    logical = {"fullyQualifiedName": finding.object, "kind": "object"}
-    if finding.field:
-        logical["decoratedName"] = finding.field
+    logical = {
+        "name": finding.field or finding.object,
+        "fullyQualifiedName": " ".join(part for part in (finding.object, finding.field) if part),
+        "kind": "member" if finding.field else "object",
+    }
     location: dict[str, Any] = {"logicalLocations": [logical]} if finding.object else {}
     place = place_of(finding, places)
     if place is not None:
