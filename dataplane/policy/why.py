@@ -331,9 +331,7 @@ class Whys:
         if part.written:
             touched, own = part.holding(peer), self._own(pod)
             packet = _Packet(protocol, port)
-            told, _ = self._evaluate(
-                part, touched, self._peer(peer), own, peer, packet, None, inside_only=True
-            )
+            told, _ = self._evaluate(part, touched, self._peer(peer), own, peer, packet, 0)
             for candidate in told:
                 if candidate.miss is Miss.MATCH:
                     return candidate
@@ -439,7 +437,6 @@ class Whys:
         address: bytes,
         packet: _Packet,
         shown: int | None,
-        inside_only: bool = False,
     ) -> tuple[list[Candidate], Counter[Miss]]:
         """Its candidates, in the policy's order, and how many it only counts.
 
@@ -449,8 +446,6 @@ class Whys:
         for index in sorted({*part.others, *(index for index, _ in touched)}):
             told.append(self._candidate(part, part.items[index], peer, own, address, packet))
         more: Counter[Miss] = Counter()
-        if inside_only:
-            return told, more
         family = family_of(address)
         inside = {index for index, _ in touched}
         for blocks, miss in ((part.blocks[family], Miss.CIDR), (part.blocks[10 - family], Miss.FAMILY)):
