@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 # Tests at a time; PYTEST_ARGS are further options for pytest.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: run test setup lint types bench micro sanitize wheel clean help
+.PHONY: run test setup kube-apiserver lint types bench micro sanitize wheel clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -22,8 +22,12 @@ setup:
 run: setup
 	@$(BIN)/podgate lab demo
 
-test: setup lint types
+test: kube-apiserver lint types
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# For the tests against a real one; built in the background, where there is Go.
+kube-apiserver: setup
+	@$(BIN)/python tests/cluster/kube_binaries.py --start
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

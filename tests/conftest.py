@@ -1,4 +1,4 @@
-"""Fixtures that tests of several kinds share."""
+"""Fixtures that tests of several kinds share, and the order of kinds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from guard_page import GuardPage
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Their API server may still be being built, in the background.
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
 
 
 @pytest.fixture(scope="session")

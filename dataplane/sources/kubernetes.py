@@ -45,7 +45,7 @@ DEFINITIONS = Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions"
 UNMATCHED_SECONDS = 10.0  # a controller has this long to make a NetworkPolicy's PolicyEndpoint
 DISCOVERY_SECONDS = 60.0  # between looks at what is served, where watching it is not allowed
 NODE_SECONDS = 600.0  # between looks at our own Node
-NODE_RETRY_SECONDS = 30.0
+NODE_RETRY_SECONDS = 10.0
 SHOWN_UNMATCHED = 20  # problems in `status`; the log has them all
 
 _STAYS = "what was known last stays in force"
@@ -101,7 +101,7 @@ class KubernetesSource:
         self._slices: Slices | None = None
         self._definition = _Definition(self._wake_up)
         self._resolving = False  # NetworkPolicies are in force by our own resolution
-        self._node_read = False  # tried at least once
+        self._node_read = False  # or known that it cannot be
         self._node_problem: str | None = None
         self._node_missing = False
         self._reported: set[Key] = set()
@@ -164,9 +164,7 @@ class KubernetesSource:
         found = [f"{watch.problem}{stays}" for watch in self.watches if watch.problem is not None]
         if self._polling and self._definition.problem:
             found.append(f"{self._definition.problem}{stays}")
-        if self._node_problem is not None and self._node_problem not in (
-            watch.problem for watch in self.watches
-        ):
+        if self._node_problem is not None:
             found.append(self._node_problem)
         return list(dict.fromkeys(found))
 
@@ -329,9 +327,12 @@ class KubernetesSource:
                     self._locate()
                     self._on_node_ips(addresses)
             except ApiFault as fault:
+                wait, retry = retry * random.uniform(0.5, 1.0), min(retry * 2, NODE_RETRY_SECONDS)
+                if fault.status not in (403, 404):
+                    await asyncio.sleep(wait)  # no answer about the Node; the watches say why
+                    continue
                 self._node_missing = fault.status == 404
                 self._node_problem = self._explain_node(fault)
-                wait, retry = retry * random.uniform(0.5, 1.0), min(retry * 2, NODE_RETRY_SECONDS)
             self._node_read = True
             self._wake_up()
             await asyncio.sleep(wait)
@@ -339,8 +340,6 @@ class KubernetesSource:
     def _explain_node(self, fault: ApiFault) -> str | None:
         if fault.status == 404:
             return f"the cluster has no Node {self._node_name}: --node-name must be the name of this node's"
-        if fault.status != 403:
-            return str(fault)
         if self._given_ips:
             return None  # we were told what we would have read
         return (
