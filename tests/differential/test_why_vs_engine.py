@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, example, given, settings
-from test_resolve_vs_naive import DIFFERING_PORTS, EXTERNAL, PORTS, Raw, snapshot_of, worlds
+from test_resolve_vs_naive import EVERY_BLOCK, EXTERNAL, HTTP, PORTS, Raw, snapshot_of, three_pods, worlds
 
 from dataplane._engine import judge_flow
 from dataplane.addresses import parse_address
@@ -58,14 +58,17 @@ def check(world: Raw, known: Snapshot, *, by_policy: bool) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds())
-@example(DIFFERING_PORTS)
+@example(three_pods({"ingress": [{"from": [], "ports": [HTTP]}]}))
+@example(three_pods({"egress": [{"to": [{"namespaceSelector": {}}], "ports": [HTTP]}]}))
+@example(three_pods({"egress": [{"to": [], "ports": [HTTP, {"port": 79, "protocol": "UDP"}]}]}))
+@example(three_pods({"egress": [{"to": EVERY_BLOCK, "ports": [HTTP, {"port": 79}]}]}))
 def test_no_candidate_of_a_denied_end_matches_and_the_rule_of_an_allowed_one_does(world: Raw) -> None:
     check(world, snapshot_of(world), by_policy=True)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds())
-@example(DIFFERING_PORTS)
+@example(three_pods({"ingress": [{"from": [], "ports": [HTTP]}]}))
 def test_so_it_is_with_policy_endpoints_alone(world: Raw) -> None:
     endpoints = in_force(snapshot_of(world)).policy_endpoints
     check(world, Snapshot(policy_endpoints=endpoints), by_policy=False)
