@@ -24,6 +24,8 @@ _READERS: dict[str, tuple[str, _Reader]] = {
     "Namespace": ("v1", networkpolicy.namespace),
     "Service": ("v1", networkpolicy.service),
 }
+# Another spelling is no other kind: skipped, it would take a policy out of force without a word.
+_SPELLINGS = {kind.lower(): kind for kind in (*_READERS, "List")}
 
 
 @dataclass(slots=True)
@@ -103,6 +105,8 @@ def _document(document: object, source: str, where: str, found: Contents) -> Non
             waiting += reversed(entries)
         elif kind in _READERS:
             _object(kind, raw, source, place, found)
+        elif (meant := _SPELLINGS.get(kind.strip().lower())) not in (None, kind):
+            found.add(Problem(source, "", place, f"kind must be {meant}, not {show(kind)}"))
         else:
             found.skipped[kind if kind.isidentifier() else show(kind)] += 1
 

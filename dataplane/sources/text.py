@@ -73,7 +73,7 @@ def documents(data: bytes, *, only_json: bool = False) -> Iterator[object | Text
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        yield TextError(f"not UTF-8 text: byte {error.start} is {data[error.start]:#04x}")
+        yield TextError(f"not UTF-8 text: byte {error.start} is {data[error.start]:#04x}; save it as UTF-8")
         return
     if only_json or text.lstrip()[:1] in ("{", "["):
         try:

@@ -136,6 +136,102 @@ def test_broken_text_is_one_problem() -> None:
     assert str(found.problems[0]).startswith("f.yaml: line 2: not YAML: ")
 
 
+POLICY = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: x}\n"
+SELECTOR = "NetworkPolicy x/p: spec.podSelector.matchLabels"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            POLICY.encode("utf-16"),
+            "not UTF-8 text: byte 0 is 0xff; save it as UTF-8; this document is not used",
+        ),
+        (b"kind: caf\xe9", "not UTF-8 text: byte 9 is 0xe9; save it as UTF-8; this document is not used"),
+        (
+            POLICY + "spec:\n\tpodSelector: {}\n",
+            "line 5: not YAML: found character that cannot start any token",
+        ),
+        (POLICY + "\0", "not YAML: unacceptable character #x0000"),
+        (
+            POLICY + 'spec: {podSelector: {matchLabels: {a: "\\0"}}}',
+            rf"{SELECTOR}[a]: '\x00' is not a label's value",
+        ),
+        (
+            POLICY + "spec: {podSelector: {matchLabels: {a: true}}}",
+            f"{SELECTOR}[a]: true is not a label's value; write",
+        ),
+        (POLICY + f"spec: {{podSelector: {{matchLabels: {{a: {'b' * 64}}}}}}}", f"{SELECTOR}[a]: 'bbbbbbbb"),
+        (
+            POLICY + f"spec: {{podSelector: {{matchLabels: {{a: {'b' * 10**6}}}}}}}",
+            f"{SELECTOR}[a]: 'bbbbbbbb",
+        ),
+        (POLICY + f"spec: {{podSelector: {{matchLabels: {{{'b' * 1000}: a}}}}}}", f"{SELECTOR}['bbbbbbbb"),
+        (POLICY + "spec: {podSelector: {matchLabels: {[a]: b}}}", "line 4: a map's key must be text"),
+        (
+            POLICY + "spec: {podSelector: {}, podSelector: {}}",
+            "NetworkPolicy x/p: spec: must be a map, not a map with",
+        ),
+        (
+            POLICY + "kind: Pod\n",
+            "must be an object with kind and metadata, not a map with the key 'kind' twice",
+        ),
+        (
+            POLICY + "spec: !!python/object:os.system {}",
+            "line 4: unknown tag 'tag:yaml.org,2002:python/object:os.system'",
+        ),
+        (POLICY.replace("name: p", "name: true"), "metadata.name: true is not a Kubernetes name"),
+        (
+            POLICY.replace("name: p", 'name: "a\\e[31m"'),
+            "metadata.name: 'a\\x1b[31m' is not a Kubernetes name",
+        ),
+        (POLICY.replace("NetworkPolicy", "networkpolicy"), "kind must be NetworkPolicy, not 'networkpolicy'"),
+        (
+            POLICY.replace("NetworkPolicy", "'NetworkPolicy '"),
+            "kind must be NetworkPolicy, not 'NetworkPolicy '",
+        ),
+        ("kind: list\nitems: []\n", "kind must be List, not 'list'"),
+        (
+            "kind: List\nitems: [[{kind: Pod}]]\n",
+            "items[0]: must be an object with kind and metadata, not a list",
+        ),
+        ('{"kind": "List", "items": [' * 10_000, "line 1: nested deeper than 64 levels"),
+        ("<html>\n<body>Forbidden</body>\n", "must be an object with kind and metadata, not '<html> <body>"),
+    ],
+)
+def test_what_cannot_be_read_is_one_short_line_and_keeps_what_was_there(text: str | bytes, line: str) -> None:
+    data = text if isinstance(text, bytes) else text.encode()
+    found = read_contents(data, "f.yaml")
+    assert found.objects == []
+    (problem,) = found.problems
+    told = str(problem)
+    assert told.removeprefix("f.yaml: ").startswith(line)
+    assert told.isprintable()
+    assert len(told) < 300
+    store = Store()
+    good = read_contents((POLICY + "spec: {podSelector: {}}\n").encode(), "f.yaml")
+    store.replace("f.yaml", good.objects, good.problems)
+    store.replace("f.yaml", found.objects, found.problems)
+    assert store.snapshot().network_policies == tuple(good.objects)
+    assert str(store.snapshot().problems[0]).endswith("in force")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + POLICY,
+        POLICY.replace("\n", "\r\n"),
+        "base: &b {podSelector: {}}\n" + POLICY + "spec: {<<: *b, policyTypes: [Ingress]}\n",
+        POLICY.replace("name: p", "name: 2026-01-31"),
+    ],
+    ids=["bom", "crlf", "merge", "date"],
+)
+def test_odd_but_readable(text: str) -> None:
+    found = read_contents(text.encode(), "f.yaml")
+    assert len(found.objects) == 1
+    assert found.problems == []
+
+
 def test_problems_of_a_file_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "MAX_PROBLEMS", 10)
     # Of what can be used: the line names one of these, so that nothing is kept that went from the file.
