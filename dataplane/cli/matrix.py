@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dataplane.errors import InputError
 from dataplane.reachability import ALLOWED, BOTH_DENIED, DENIED, EGRESS_DENIED, INGRESS_DENIED, NOT_JUDGED
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ _NAMED = 5  # pods named in one note
     type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,
-    help="A table for people, JSON for machines, or a page for a browser (-o html > page.html).",
+    help="A table for people, JSON for machines.",
 )
 def command(
     paths: tuple[Path, ...],
@@ -82,14 +81,13 @@ def command(
     from dataplane.sources.directory import read_paths
 
     wanted = [parse_port(port) for port in ports]
-    if output == "html" and sys.stdout.isatty():
-        raise InputError("-o html prints a whole page: send it to a file, as in `-o html > page.html`")
     with _progress(f"Reading {' '.join(map(str, paths))}"):
-        snapshot = in_force(read_paths(paths))
-    for problem in snapshot.problems:
+        known = read_paths(paths)
+        resolved = in_force(known)
+    for problem in resolved.problems:
         click.echo(f"podgate: warning: {problem}", err=True)
     with _progress("Asking the engine about every pair"):
-        reach = reachability(snapshot, wanted, externals, parse_family(family))
+        reach = reachability(resolved, wanted, externals, parse_family(family))
     for note in notes(reach):
         click.echo(f"podgate: {note}", err=True)
     if output == "json":
@@ -104,8 +102,9 @@ def _progress(text: str) -> AbstractContextManager[Any]:
     if not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(stderr=True).status(text)
+    return Console(stderr=True).status(Text(text))
 
 
 def notes(reach: Reachability) -> Iterator[str]:
@@ -139,10 +138,10 @@ def table(reach: Reachability, width: int | None) -> Iterator[str]:
         if small.width <= width:
             yield from ("", *small.lines(_shares(groups, marks)), "")
     if small.width <= width:
-        yield f"(n) so many pods  {_CELLS[ALLOWED]} all pairs allowed  {_CELLS[DENIED]} none  % some"
+        yield f"{_CELLS[ALLOWED]} all pairs allowed  {_CELLS[DENIED]} none  42% of the pairs  (42) pods"
     yield (
         f"Pair by pair it takes {grid.width} columns, this terminal has {width}:"
-        " use -o html > page.html, -o json, or pipe into `less -S`"
+        " use -o json, or pipe into `less -S`"
     )
 
 

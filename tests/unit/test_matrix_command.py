@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -130,6 +135,38 @@ def test_what_cannot_be_answered_is_one_line(
     assert "\n" not in str(done.exception)
 
 
+def on_terminal(columns: int, *options: str) -> tuple[int, str, str]:
+    """Exit code, and what a terminal of so many columns shows of stdout; stderr is a pipe."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", "from dataplane.cli import main; main()", "matrix", *options],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        # Linux says that nobody has the other side open any more as an I/O error.
+        with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:
+            while piece := terminal.read(4096):
+                shown += piece
+        _, errors = process.communicate(timeout=60)
+    return process.returncode, shown.decode().replace("\r\n", "\n"), errors
+
+
+def test_colour_and_width_of_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "dump.yaml"
+    path.write_text(PODS + DENY)
+    code, shown, errors = on_terminal(60, str(path), "--port", "80")
+    assert (code, errors) == (0, "")
+    assert "\x1b[31m\x1b[1mI\x1b[0m" in shown
+    assert "\n  a        .  I   .\n" in click.unstyle(shown)
+    code, shown, _ = on_terminal(12, str(path), "--port", "80")
+    assert code == 0
+    assert "less -S" in shown
+
+
 def test_a_port_must_be_given(tmp_path: Path) -> None:
     done = run(tmp_path, PODS)
     assert done.exit_code == 2
@@ -174,9 +211,9 @@ def test_namespaces_replace_pods_that_do_not_fit() -> None:
         "  1 x (20)   .  5%",
         "  2 y (20)   X  99%",
         "",
-        "(n) so many pods  . all pairs allowed  X none  % some",
+        ". all pairs allowed  X none  42% of the pairs  (42) pods",
         "Pair by pair it takes 91 columns, this terminal has 40:"
-        " use -o html > page.html, -o json, or pipe into `less -S`",
+        " use -o json, or pipe into `less -S`",
     ]
 
 
@@ -195,7 +232,7 @@ def test_no_line_of_a_table_wraps(size: int) -> None:
 
 def test_the_hint_says_what_else_to_do() -> None:
     wide = reach({"x": 130}, *["." * 130] * 130)
-    assert "-o html > page.html" in lines(wide, 80)[-1]
+    assert "-o json" in lines(wide, 80)[-1]
     assert "less -S" in lines(wide, 20)[-1]
 
 
