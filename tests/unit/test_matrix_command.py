@@ -212,8 +212,7 @@ def test_namespaces_replace_pods_that_do_not_fit() -> None:
         "  2 y (20)   X  99%",
         "",
         ". all pairs allowed  X none  42% of the pairs  (42) pods",
-        "Pair by pair it takes 91 columns, this terminal has 40:"
-        " use -o json, or pipe into `less -S`",
+        "Pair by pair it takes 91 columns, this terminal has 40: use -o json, or pipe into `less -S`",
     ]
 
 
