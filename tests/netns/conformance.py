@@ -7,12 +7,63 @@ allowed and takes away what the policies mean:
     ALL.deny(to="x/a").allow("y", to="x/a", ports="81/TCP")
 
 Nobody reaches x/a, but the pods of y its TCP port 81; all else stays open. Later words win.
+
+What must hold around the rules is not a table, and is tested beside them:
+
+probes from the node under default deny
+    test_node_and_services::test_probes_from_the_node_pass_under_default_deny, test_life_cycle::test_strict_mode
+a Service whose port is not the container's
+    test_node_and_services::test_policy_sees_the_port_behind_a_service,
+    test_node_and_services::test_networkpolicies_name_the_port_behind_a_service
+a change cuts open connections or spares them, also when only the server sends
+    test_live_flows::test_a_change_cuts_what_it_denies_and_leaves_the_rest_alone,
+    test_networkpolicies::test_a_label_cuts_and_spares_open_connections
+replies to a request made before the first policy
+    test_live_flows::test_a_flow_older_than_the_first_policy
+ping blocked, neighbour discovery alive
+    test_policies::test_neighbours_are_found_while_ping_is_blocked
+path MTU discovery, port unreachable
+    test_packets::test_path_mtu_discovery_completes_a_transfer,
+    test_packets::test_port_unreachable_comes_back_for_allowed_flows_only
+a server on the own node under default deny egress
+    test_node_and_services::test_the_own_node_is_reached_under_default_deny_egress
+changes while the agent was down
+    test_life_cycle::test_killed_and_started_again,
+    test_networkpolicies::test_labels_that_change_while_nobody_runs
+one policy in several slices
+    test_policies::test_a_change_over_two_slices_never_shows_half_of_it,
+    test_networkpolicies::test_more_peers_and_ports_than_one_object_holds
+an address that passes to another pod
+    test_pods_come_and_go::test_a_reused_address_inherits_nothing,
+    test_networkpolicies::test_an_address_stands_for_the_pod_that_has_it_now
+a forged source address
+    test_spoofing::test_another_pods_address, test_spoofing::test_the_victims_address_does_not_open_the_victim
+two passes through the node
+    test_topologies::test_branch_pods_of_one_node_are_judged_at_both_ends
+a pod that reaches itself through its Service
+    test_node_and_services::test_a_pod_reaches_itself_through_its_service
+an ICMP error opens nothing for its flow
+    test_packets::test_an_icmp_error_opens_nothing
+a named port with several numbers
+    test_conformance_beyond::test_beyond_upstream
+every kind of wiring
+    test_topologies::test_the_whole_matrix, test_topologies::test_prefix_delegated_pods,
+    test_topologies::test_a_second_veth_is_left_alone
+replicas of one name prefix
+    test_pods_come_and_go::test_two_replicas_isolated_and_a_third_not,
+    test_networkpolicies::test_replicas_are_told_apart_by_their_labels
+30 and 300 ports on one CIDR
+    test_policies::test_many_ports_on_one_cidr
+A and AAAA back to back from one socket
+    test_live_flows::test_two_queries_from_one_socket_are_never_lost
+ports used again and again beside a steady flow
+    test_live_flows::test_churn_beside_a_steady_flow
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +72,7 @@ from objects import Object, network_policy, pod, pod_object
 
 from dataplane.lab.probe import probe_families
 from dataplane.lab.world import Lab
+from dataplane.model import Pod
 from dataplane.reachability import ALLOWED, DENIED, Matrix
 
 if TYPE_CHECKING:
@@ -127,10 +179,10 @@ class Cluster:
     def __init__(self, lab: Lab, agent: RunningAgent) -> None:
         self.lab = lab
         self.agent = agent
-        self.state = Step(ALL)
+        self._written: dict[str, list[Object]] = {}
 
     @staticmethod
-    def pods() -> list[Any]:
+    def pods() -> list[Pod]:
         """What the lab is made of."""
         return [
             pod(name, *ips, ports=[f"serve-{port.replace('/', '-').lower()}={port}" for port in PORTS])
@@ -138,7 +190,7 @@ class Cluster:
         ]
 
     def start(self) -> None:
-        self._write(self.state, ("policies", "labels", "ports"), wait=False)
+        self.put(Step(ALL))
         self.agent.start()
 
     def check(self, *steps: Step) -> None:
@@ -156,30 +208,26 @@ class Cluster:
 
     def put(self, state: Step) -> None:
         """Bring the cluster into this state; back once it is in force."""
-        before, self.state = self.state, state
-        names = [n for n in ("policies", "labels", "ports") if getattr(before, n) != getattr(state, n)]
-        self._write(state, names, wait=True)
-
-    def _write(self, state: Step, names: Iterable[str], *, wait: bool) -> None:
-        names = set(names)
-        if "labels" in names:
-            self.agent.write(*_namespaces(state), file="namespaces.yaml", wait=wait)
-        if names & {"labels", "ports"}:
-            self.agent.write(*self._pods(state), file="pods.yaml", wait=wait)
-        if "policies" in names:
-            self.agent.write(*state.policies, file="policies.yaml", wait=wait)
+        files = {
+            "namespaces.yaml": _namespaces(state),
+            "pods.yaml": self._pods(state),
+            "policies.yaml": list(state.policies),
+        }
+        for file, objects in files.items():
+            # Each write is waited for by the agent's generation: one that changes nothing would confuse it.
+            if self._written.get(file) != objects:
+                self._written.pop(file, None)
+                self.agent.write(*objects, file=file)
+                self._written[file] = objects
 
     def _pods(self, state: Step) -> list[Object]:
         made = []
         for one in self.lab.pods.values():
             name = str(one.key)
+            more = [f"{named}={port}" for named, port in state.ports.get(name, {}).items()]
+            declared = replace(one, ports=(*one.ports, *pod(name, ports=more).ports))
             labels = {"pod": one.key.name, **state.labels.get(name, {})}
-            written = pod_object(self.lab, one, labels)
-            for port_name, port in state.ports.get(name, {}).items():
-                number, _, protocol = port.partition("/")
-                entry = {"name": port_name, "containerPort": int(number), "protocol": protocol}
-                written["spec"]["containers"].append({"name": port_name, "image": "-", "ports": [entry]})
-            made.append(written)
+            made.append(pod_object(self.lab, declared, labels))
         return made
 
 
@@ -222,7 +270,5 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _written(state: Step) -> str:
-    parts = [yaml.safe_dump_all(state.policies, sort_keys=False) if state.policies else "no policies\n"]
-    parts += [f"labels: {dict(state.labels)}\n"] if state.labels else []
-    parts += [f"ports: {dict(state.ports)}\n"] if state.ports else []
-    return "".join(parts)
+    policies = yaml.safe_dump_all(state.policies, sort_keys=False) if state.policies else "no policies\n"
+    return f"{policies}further labels: {dict(state.labels)}\nfurther ports: {dict(state.ports)}\n"

@@ -135,8 +135,8 @@ class RunningAgent:
         """SIGTERM, as Kubernetes does; the exit status."""
         return self._end(signal.SIGTERM)
 
-    def end(self) -> None:
-        """Whatever state it is in, it does not outlive the test."""
+    def close(self) -> None:
+        """End it in whatever state it is, and wait for that."""
         if self.process is not None:
             if self.process.poll() is None:
                 self.process.kill()
@@ -262,7 +262,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentFactory]:
 
     yield make
     for one in made:
-        one.end()
+        one.close()
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def _shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
             cluster.start()
             yield cluster
         finally:
-            running.end()
+            running.close()
 
 
 @pytest.fixture

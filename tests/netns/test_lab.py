@@ -20,7 +20,7 @@ from objects import pod, until
 from dataplane.addresses import format_address, parse_address
 from dataplane.errors import InputError
 from dataplane.lab import netns, world
-from dataplane.lab.probe import connect, probe
+from dataplane.lab.probe import connect, probe, probe_families
 from dataplane.lab.topology import Topology, Wire
 from dataplane.lab.world import Lab
 from dataplane.model import Key
@@ -145,6 +145,19 @@ def test_a_dropped_flow_shows_in_its_cell(
     seen = probe(one, [port, "7/TCP"], family, timeout=0.5)
     expected = Matrix(("x/a", "x/b", "x/c"), {port: ("..X", "...", "..."), "7/TCP": ("...",) * 3})
     assert not seen.diff(expected)
+
+
+def test_both_families_are_asked_at_once(lab: MakeLab) -> None:
+    one = lab(["x/a", "x/b", pod("x/four", "10.1.0.99")])
+    for tool, family in (("iptables", 4), ("ip6tables", 6)):
+        source, to = ("x/a", "x/b") if family == 4 else ("x/b", "x/a")
+        ends = f"-s {one.address(source, family)} -d {one.address(to, family)}"
+        one.run("node", tool, *f"-A FORWARD {ends} -p udp --dport 80 -j DROP".split())
+    seen = probe_families(one, ["80/UDP", "80/TCP"], externals=["203.0.113.9", "2001:db8::9"], timeout=0.5)
+    assert seen[4].order == ("x/a", "x/b", "x/four", "203.0.113.9")
+    assert seen[4].cells == {"80/UDP": (".X..", "....", "....", "...."), "80/TCP": ("....",) * 4}
+    assert seen[6].order == ("x/a", "x/b", "2001:db8::9")
+    assert seen[6].cells == {"80/UDP": ("...", "X..", "..."), "80/TCP": ("...",) * 3}
 
 
 def test_a_refused_flow_counts_as_denied(lab: MakeLab) -> None:

@@ -7,7 +7,9 @@ meaning of each policy: `expect(source, destination)` says whether the source ma
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,3 +298,11 @@ def test_labels_decide_at_once() -> None:
     target = {"podSelector": {"matchLabels": {"target": "isolated"}}, "policyTypes": INGRESS}
     check(world(target), lambda s, d: True)
     check(world(target, labels={"x/a": {"target": "isolated"}}), to_a())
+
+
+def test_the_tests_of_behaviour_around_the_rules_are_there() -> None:
+    netns = Path(__file__).parents[1] / "netns"
+    named = re.findall(r"(test_\w+)::(test_\w+)", (netns / "conformance.py").read_text())
+    assert len(named) >= 20
+    for file, name in named:
+        assert f"\ndef {name}(" in (netns / f"{file}.py").read_text(), f"{file}::{name}"
