@@ -11,7 +11,8 @@ Nobody reaches x/a, but the pods of y its TCP port 81; all else stays open. Late
 What must hold around the rules is not a table, and is tested beside them:
 
 probes from the node under default deny
-    test_node_and_services::test_probes_from_the_node_pass_under_default_deny, test_life_cycle::test_strict_mode
+    test_node_and_services::test_probes_from_the_node_pass_under_default_deny,
+    test_life_cycle::test_strict_mode
 a Service whose port is not the container's
     test_node_and_services::test_policy_sees_the_port_behind_a_service,
     test_node_and_services::test_networkpolicies_name_the_port_behind_a_service
