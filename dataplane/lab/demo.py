@@ -121,6 +121,11 @@ STEPS = (
         show=("client>frontend", "client>backend"),
     ),
 )
+NEXT = (
+    "podgate matrix deploy/examples/stars --port 80/TCP --port 6379/TCP",
+    "podgate check deploy/examples/stars",
+    "podgate resolve deploy/examples/stars",
+)
 CUT = "04-frontend-from-client.yaml"
 
 
@@ -489,16 +494,19 @@ class _Demo:
         self._say(table)
 
     def _explain(self, source: str, destination: str, port: str) -> None:
-        self._type(f"podgate explain --from {source} --to {destination} --port {port}")
-        argv = [*PODGATE, "explain"]
-        argv += ["--from", source, "--to", destination, "--port", port, "--control", str(self.control)]
+        query = ["--from", source, "--to", destination, "--port", port]
+        self._type(f"podgate explain policies/ {' '.join(query)}")
+        argv = [*PODGATE, "explain", str(self.policies), *query]
         done = subprocess.run(argv, capture_output=True, text=True, check=False, env=_environment())
         if done.returncode:
             raise DemoFailed(f"demo: explain failed: {done.stderr.strip()}")
-        text = done.stdout.rstrip()
+        # Below an empty line: the policy that would allow it, a screenful that is not the demo's story.
+        text, more, _ = done.stdout.rstrip().partition("\n\n")
         if not self._fancy:
             text = text.replace("→", "->")
-        self._say(Text(text))
+        self._say(Text(text), soft_wrap=True)
+        if more:
+            self._say("(and, as YAML, the smallest policy that would allow it)", style="dim")
 
     def _streams(self, streams: Sequence[_Stream], began: float, changed: float) -> None:
         table = self._table(
@@ -530,7 +538,9 @@ class _Demo:
             f"within {1000 * self.slowest:.0f} ms; {dropped} packets lost in queues; {seconds:.0f} s in all. "
             "The pods, the agent and its rules are gone."
         )
-        self._say("Next: podgate lab up PATH, podgate lab --help, podgate agent --help", style="dim")
+        self._say("The same files, without a lab:")
+        for line in NEXT:
+            self._type(line)
 
     def _say(self, what: RenderableType = "", style: str = "", soft_wrap: bool = False) -> None:
         if self._fancy:

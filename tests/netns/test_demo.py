@@ -67,6 +67,12 @@ def test_the_demo_ends_well_and_leaves_nothing() -> None:
     shown = "cat deploy/examples/stars/03-backend-from-frontend.yaml\n"
     assert out.partition(shown)[2].startswith("".join(_lines("03-backend-from-frontend.yaml")))
     assert "no-rule" in out
+    assert "client/client is in namespace client" in out, "why the backend's rule does not match"
+    for line in demo.NEXT:
+        assert f"$ {line}\n" in out
+        argv = [*PODGATE, *line.split()[1:]]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
     assert "were cut" in out
     assert not _left(process.pid)
 
