@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dataplane.cli.progress import progress
 from dataplane.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dataplane.sources.directory import Place
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
-_PATIENCE = 2.0  # seconds without a word
 
 
 def _list(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
@@ -39,18 +38,6 @@ def _split(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...
     for name in sorted(ids - CHECKS.keys()):
         raise InputError(f"--ignore {name}: there is no such check; `podgate check --list` shows them all")
     return ids
-
-
-class _Progress:
-    """A word on stderr when it takes long; nothing before, so that short runs stay quiet."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-
-    def __call__(self, what: str) -> None:
-        if time.monotonic() - self._since > _PATIENCE:
-            self._since = time.monotonic()
-            click.echo(f"podgate: checking {what} …", err=True)
 
 
 def _json(findings: Sequence[Finding], places: Mapping[str, Place], counts: dict[str, int]) -> dict[str, Any]:
@@ -123,13 +110,14 @@ def command(paths: tuple[Path, ...], output: str, ignore: frozenset[str]) -> Non
     from dataplane.policy.check import check, reported
     from dataplane.sources.directory import read_places
 
-    progress = _Progress()
-    snapshot, places = read_places(paths)
+    with progress(f"Reading {' '.join(map(str, paths))}"):
+        snapshot, places = read_places(paths)
     if not snapshot.network_policies and not snapshot.policy_endpoints:
         click.echo("podgate: no NetworkPolicy here, so there is little to check", err=True)
     elif not snapshot.pods:
         click.echo("podgate: no Pod here, so only what the policies say by themselves is checked", err=True)
-    findings = check(snapshot, ignore, progress)
+    with progress("Checking"):
+        findings = check(snapshot, ignore)
     counts = {str(severity): count for severity, count in reported(findings).items()}
     if output == "json":
         click.echo(json.dumps(_json(findings, places, counts), indent=2))

@@ -630,6 +630,39 @@ def test_one_finding_names_all_pods_and_the_policy_that_lets_them_send() -> None
     assert "shop/web-0 and shop/web-1 " in finding.message
 
 
+def test_a_pod_without_an_address_does_not_stand_for_the_others() -> None:
+    pending = {**pod("shop/web-", "10.9.9.9", {"app": "web"}), "status": {"phase": "Pending"}}
+    pending["metadata"]["name"] = "web"  # sorts before web-0
+    assert found(egress(WEB), pending) == ["no-dns spec.egress"]
+
+
+def test_pods_that_need_different_things_are_told_apart() -> None:
+    four = app("10.1.0.60", "AWS_REGION")
+    six = pod("shop/app6", "fd00:1::60", {"app": "app"}, env=("AWS_REGION",))
+    dns6 = pod("kube-system/dns-6", "fd00:1::53", {"k8s-app": "kube-dns"}, ("dns", 53, UDP), ("tcp", 53, TCP))
+    first, second = findings(egress(ALLOW_DNS, of="app"), four, six, dns6)
+    assert {first.check, second.check} == {"blocks-imds"}
+    assert "shop/app " in first.message
+    assert "169.254.169.254/32" in first.mend
+    assert "shop/app6 " in second.message
+    assert "fd00:ec2::254/128" in second.mend
+
+
+def test_equal_problems_of_two_files_are_two_findings() -> None:
+    store = Store()
+    for name in ("f", "g"):
+        contents = read_contents(b"[1]", name)
+        store.replace(name, contents.objects, contents.problems)
+    assert [each.source for each in check(store.snapshot())] == ["f", "g"]
+
+
+def test_many_rules_are_compared_for_equality_only() -> None:
+    rules = [{"from": [block(f"198.51.100.{number}/32")]} for number in range(60)]
+    wide = {"from": [block("198.51.100.0/24")]}
+    assert len(found(ingress(*rules[:40], wide))) == 40
+    assert found(ingress(*rules, rules[3], wide)) == ["rule-covered spec.ingress[60]"]
+
+
 def test_openshift_dns_listens_on_another_port() -> None:
     world = [each for each in WORLD if each["metadata"].get("namespace") != "kube-system"]
     dns = [

@@ -7,7 +7,7 @@ the input cannot tell (no pods, no Namespace objects), and for what is plainly m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 from dataplane.model import Snapshot
 from dataplane.policy.check import blocks, egress, ends, overlap, ports, problems, selection, types
@@ -34,23 +34,19 @@ CHECKS: dict[str, Check] = {
 _NUMBERS = re.compile(r"(\d+)")
 
 
-def check(
-    snapshot: Snapshot, ignore: Collection[str] = (), progress: Callable[[str], None] = lambda _: None
-) -> tuple[Finding, ...]:
+def check(snapshot: Snapshot, ignore: Collection[str] = ()) -> tuple[Finding, ...]:
     """Everything found, sorted by object and field. `ignore`: ids of checks to leave out.
 
-    NetworkPolicies leave out what their annotation podgate.dev/check-ignore lists. `progress` is told
-    what is looked at, before each part.
+    NetworkPolicies leave out what their annotation podgate.dev/check-ignore lists.
     """
     world = World(snapshot)
     ignored = {
         f"NetworkPolicy {policy.key}": _ids(policy.annotations.get(IGNORE_ANNOTATION, ""))
         for policy in snapshot.network_policies
     }
-    found: dict[tuple[str, str, str, str], Finding] = {}
+    found: set[Finding] = set()
     excepts: set[tuple[str, str]] = set()
     for family in _FAMILIES:
-        progress(family.__name__.rpartition(".")[2])
         for finding in family.find(world):
             # The sources note an except without effect too, up to their bound of problems per object.
             if finding.check == blocks.EXCEPT_OUTSIDE.id:
@@ -58,11 +54,11 @@ def check(
             elif family is problems and (finding.object, finding.field) in excepts:
                 continue
             if finding.check not in ignore and finding.check not in ignored.get(finding.object, ()):
-                found[finding.object, finding.field, finding.check, finding.message] = finding
+                found.add(finding)
     for finding in _unknown(snapshot):
         if finding.check not in ignore:
-            found[finding.object, finding.field, finding.check, finding.message] = finding
-    return tuple(sorted(found.values(), key=_order))
+            found.add(finding)
+    return tuple(sorted(found, key=_order))
 
 
 def reported(findings: Collection[Finding]) -> dict[Severity, int]:
@@ -89,4 +85,5 @@ def _order(finding: Finding) -> tuple[object, ...]:
     kind, _, name = finding.object.partition(" ")
     # ingress[10] comes after ingress[9].
     parts = [(int(part), "") if part.isdigit() else (-1, part) for part in _NUMBERS.split(finding.field)]
-    return (name, kind, parts, finding.check, finding.message)
+    file = "" if finding.object else finding.source
+    return (name, kind, file, parts, finding.check, finding.message)

@@ -97,7 +97,7 @@ def find(world: World) -> Iterator[Finding]:
     policies = _Policies(world)
     groups = _groups(world, policies)
     samples = {members[0]: group for group, members in groups.items()}
-    found: defaultdict[tuple[Check, Key], _Said] = defaultdict(_Said)
+    found: defaultdict[tuple[Key, Check, str, str], set[Key]] = defaultdict(set)
     for sample, rules in _effective(world, dns, policies, samples.keys()).items():
         group = samples[sample]
         members = groups[group]
@@ -106,20 +106,11 @@ def find(world: World) -> Iterator[Finding]:
         if blame is None:
             continue
         for check, message, mend in _judge(case, dns):
-            said = found[check, blame]
-            said.pods += [key for key in members if check not in _ABOUT_DNS or key not in dns.pods]
-            said.message, said.mend = message, mend
-    for (check, policy), said in found.items():
-        if said.pods:
-            yield check.at(policy, "spec.egress", f"{names(sorted(said.pods))} {said.message}", said.mend)
-
-
-class _Said:
-    """One finding, about all pods that it is true of."""
-
-    def __init__(self) -> None:
-        self.pods: list[Key] = []
-        self.message = self.mend = ""
+            concerned = set(members) - dns.pods if check in _ABOUT_DNS else members
+            found[blame, check, message, mend].update(concerned)
+    for (policy, check, message, mend), pods in found.items():
+        if pods:
+            yield check.at(policy, "spec.egress", f"{names(sorted(pods))} {message}", mend)
 
 
 _ABOUT_DNS = (NO_DNS, DNS_ONE_PROTOCOL, NO_NODE_LOCAL_DNS)
@@ -210,9 +201,9 @@ def _groups(world: World, policies: _Policies) -> dict[_Group, list[Key]]:
             selecting[endpoint.pod].append((slice_.policy, slice_.port_group))
     groups: defaultdict[_Group, list[Key]] = defaultdict(list)
     for pod in world.snapshot.pods:
-        if (by := selecting.get(pod.key)) and not pod.finished and not pod.host_network:
-            family = family_of(pod.ips[0]) if pod.ips else 4
-            groups[_Group(frozenset(by), pod.hints, family)].append(pod.key)
+        # Without an address yet, nothing is resolved for it: it must not stand for others.
+        if (by := selecting.get(pod.key)) and pod.ips and not pod.finished and not pod.host_network:
+            groups[_Group(frozenset(by), pod.hints, family_of(pod.ips[0]))].append(pod.key)
     return groups
 
 
@@ -268,7 +259,7 @@ def _judge(case: _Case, dns: DnsServers) -> Iterator[tuple[Check, str, str]]:
         if not _allows(compiled, address, TCP, _HTTP):
             yield (
                 NO_POD_IDENTITY,
-                "takes AWS credentials from the Pod Identity agent, which egress does not allow",
+                "may not ask the Pod Identity agent, where their AWS credentials come from",
                 f"allow `ipBlock: {{cidr: {text}}}` with port 80",
             )
 

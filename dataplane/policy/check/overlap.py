@@ -27,7 +27,8 @@ COVERED = Check(
     Severity.WARNING,
     "A rule or peer that another of the same policy covers",
     "Everything that it allows is allowed by another rule, or peer of the same rule, as written. Silent "
-    "across policies, where saying a thing twice is often meant; policies that are equal are reported.",
+    "across policies, where saying a thing twice is often meant. Of a policy with more than 100 rules and "
+    "peers in a direction, only equal ones are found.",
 )
 DUPLICATE = Check(
     "duplicate-policy",
@@ -38,7 +39,9 @@ DUPLICATE = Check(
 )
 CHECKS = (MOOT, COVERED, DUPLICATE)
 
-_PAIRWISE = 200  # rules (or peers) that are compared with each other; of more, only equal ones are found
+# Rules and peers of one policy and direction that are compared each with each; of more, only equal ones
+# are found.
+_PAIRWISE = 100
 
 
 def find(world: World) -> Iterator[Finding]:
@@ -52,9 +55,10 @@ def find(world: World) -> Iterator[Finding]:
             if open_rule is not None:
                 yield from _moot(policy, open_rule, [rule for rule in rules if rule is not open_rule])
                 continue
-            yield from _covered_rules(rules)
+            few = sum(1 + len(rule.written.peers) for rule in rules) <= _PAIRWISE
+            yield from _covered_rules(rules, few)
             for rule in rules:
-                yield from _covered_peers(world, rule)
+                yield from _covered_peers(rule, few)
 
 
 def _moot(policy: NetworkPolicy, open_rule: RuleAt, others: list[RuleAt]) -> Iterator[Finding]:
@@ -85,11 +89,11 @@ def _across_policies(world: World) -> Iterator[Finding]:
             subjects = world.subjects(policy)
             by = {here.get(pod.key) for pod in subjects}
             if subjects and None not in by:
+                others = names(sorted(filter(None, by)))
                 yield MOOT.at(
                     policy.key,
                     f"spec.{direction}",
-                    f"these rules limit nothing: {names(sorted(filter(None, by)))} allows all {direction} of "
-                    "the same pods",
+                    f"these rules limit nothing: all {direction} of the same pods is allowed by {others}",
                     "remove these rules, or let the other policy select fewer pods",
                 )
 
@@ -107,13 +111,13 @@ def _duplicates(world: World) -> Iterator[Finding]:
             )
 
 
-def _covered_rules(rules: list[RuleAt]) -> Iterator[Finding]:
+def _covered_rules(rules: list[RuleAt], few: bool) -> Iterator[Finding]:
     first: dict[NormalRule, RuleAt] = {}
     for rule in rules:
         if rule.normal.peers == ():  # nothing in it can be used, which has been reported
             continue
         by = first.setdefault(rule.normal, rule)
-        if by is rule and len(rules) <= _PAIRWISE:
+        if by is rule and few:
             wider = (each for each in rules if each.normal != rule.normal)
             by = next((each for each in wider if _covers(each.normal, rule.normal)), rule)
         if by is not rule:
@@ -121,12 +125,12 @@ def _covered_rules(rules: list[RuleAt]) -> Iterator[Finding]:
             yield COVERED.at(rule.policy.key, rule.field, f"{how} {by.field}", "remove one of the two")
 
 
-def _covered_peers(world: World, rule: RuleAt) -> Iterator[Finding]:
+def _covered_peers(rule: RuleAt, few: bool) -> Iterator[Finding]:
     peers = list(rule.peers())
     first: dict[PodPeer | IPBlock, Peer] = {}
     for peer in peers:
         by = first.setdefault(peer.normal, peer)
-        if by is peer and len(peers) <= _PAIRWISE:
+        if by is peer and few:
             wider = (each for each in peers if each.normal != peer.normal)
             by = next((each for each in wider if _covers_peer(each.normal, peer.normal)), peer)
         if by is peer or _is_and_or(by, peer):
