@@ -60,6 +60,10 @@ class ApiFault(Exception):
         self.retry_after = retry_after
 
 
+class Garbage(ApiFault):
+    """An answer came that makes no sense."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Access:
     """What one request needs."""
@@ -192,7 +196,7 @@ class ApiServer:
             async for chunk in response.content.iter_any():
                 body += chunk
                 if len(body) > MAX_ANSWER:
-                    raise ApiFault(f"{self.host}: an answer to {path} of more than {MAX_ANSWER >> 20} MiB")
+                    raise Garbage(f"{self.host}: an answer to {path} of more than {MAX_ANSWER >> 20} MiB")
         return _parse(body, self.host)
 
     @contextlib.asynccontextmanager
@@ -215,7 +219,7 @@ class ApiServer:
             waiting += chunk
             if waiting.find(b"\n", start) < 0:
                 if len(waiting) > MAX_EVENT:
-                    raise ApiFault(f"{self.host}: a watch event of more than {MAX_EVENT >> 20} MiB")
+                    raise Garbage(f"{self.host}: a watch event of more than {MAX_EVENT >> 20} MiB")
                 continue
             *lines, rest = waiting.split(b"\n")
             waiting = rest
@@ -291,9 +295,9 @@ def _parse(data: bytes | bytearray, host: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ApiFault(f"API server {host}: answers what is not JSON: {_one_line(error)}") from None
+        raise Garbage(f"API server {host}: answers what is not JSON: {_one_line(error)}") from None
     if not isinstance(value, dict):
-        raise ApiFault(f"API server {host}: answers JSON that is no object")
+        raise Garbage(f"API server {host}: answers JSON that is no object")
     return value
 
 

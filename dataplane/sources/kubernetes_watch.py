@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dataplane.sources.kubernetes_client import ApiFault, ApiServer
+from dataplane.sources.kubernetes_client import ApiFault, ApiServer, Garbage
 
 Raw = dict[str, Any]
 
@@ -113,7 +113,7 @@ class Watch:
         self.events: Counter[str] = Counter()
         self.lists = 0
         self._version: str | None = None  # to go on from; None: list
-        self._streaming = True  # until the server shows that it cannot
+        self._streaming = True  # unless the server could not when it was tried last
         self._pages = True  # until a list takes longer than the server keeps its pages
         self._retry = 0.0
         self._connected = False  # a watch is open
@@ -144,8 +144,10 @@ class Watch:
                 # A connection that breaks off once is no news before the next one fails too.
                 if not self._connected or fault.status or self._retry:
                     self._note(self._explain(fault), refused=fault.status)
-                # A version that the server says it has yet to reach is one of another etcd.
-                if fault.status in (400, 500, 504) and "resource version" in str(fault).lower():
+                # What was lost with an event that makes no sense only a list can tell. And a version that
+                # the server says it has yet to reach is one of another etcd.
+                ahead = fault.status in (400, 500, 504) and "resource version" in str(fault).lower()
+                if ahead or isinstance(fault, Garbage):
                     self._version = None
                 wait = min(fault.retry_after or 0.0, self._timing.last_retry)
             await asyncio.sleep(max(wait, self._pause(time.monotonic() - started)))
@@ -180,8 +182,9 @@ class Watch:
                                 break
                 except TimeoutError:
                     raise _NoStreaming from None
-                if ended:
-                    await self._events(events)
+                if not ended:
+                    raise _NoStreaming
+                await self._events(events)
         except ApiFault as fault:
             # Refused as a parameter, or (with etcd before 3.4.25) once it was tried.
             if not ended and fault.status not in (0, 401, _FORBIDDEN, _NOT_FOUND, 429):
@@ -217,7 +220,7 @@ class Watch:
                 raise
             metadata, items = page.get("metadata"), page.get("items")
             if not isinstance(metadata, dict) or not isinstance(items, list | None):
-                raise ApiFault(f"API server {self._api.host}: the list of {self.resource} is none")
+                raise Garbage(f"API server {self._api.host}: the list of {self.resource} is none")
             for raw in items or ():
                 self._receiver.listed(_object(raw, self._api.host))
             following = metadata.get("continue")
@@ -230,7 +233,7 @@ class Watch:
         self._receiver.end_list()
         self.lists += 1
         self._take_version(metadata)
-        self._pages = True
+        self._streaming = self._pages = True
         self._note(None, synced=True)
 
     # --- watches ----------------------------------------------------------------------------------
@@ -251,8 +254,7 @@ class Watch:
                 case "BOOKMARK":
                     pass
                 case _:
-                    self._version = None
-                    raise ApiFault(f"API server {self._api.host}: a watch event of an unknown type")
+                    raise Garbage(f"API server {self._api.host}: a watch event of an unknown type")
             self.events[kind] += 1
             # Only now: what is not taken up yet must come again when we go on from here.
             self._take_version(raw["metadata"])
@@ -286,13 +288,9 @@ class Watch:
             message = f"{raw.get('message') or raw.get('reason') or 'an error without words'}"[:300]
             status = code if isinstance(code, int) else 500
             raise ApiFault(f"API server {self._api.host} ends the watch: {message}", status)
-        try:
-            if isinstance(kind, str):
-                return kind, _object(raw, self._api.host)
-            raise ApiFault(f"API server {self._api.host}: what comes is no watch event")
-        except ApiFault:
-            self._version = None  # what was lost with it only a list can tell
-            raise
+        if not isinstance(kind, str):
+            raise Garbage(f"API server {self._api.host}: what comes is no watch event")
+        return kind, _object(raw, self._api.host)
 
     def _take_version(self, metadata: Raw) -> None:
         version = metadata.get("resourceVersion")
@@ -324,4 +322,4 @@ class Watch:
 def _object(raw: object, host: str) -> Raw:
     if isinstance(raw, dict) and isinstance(raw.get("metadata"), dict):
         return raw
-    raise ApiFault(f"API server {host}: an object without metadata")
+    raise Garbage(f"API server {host}: an object without metadata")

@@ -389,3 +389,10 @@ def test_however_it_came_about_a_snapshot_shows_what_is_there(
     for origin in sorted(there):
         expected |= there[origin]
     assert store.snapshot().policy_endpoints == tuple(expected[name] for name in sorted(expected))
+
+
+def test_kinds_that_do_not_count_are_not_taken_up() -> None:
+    store = Store(without=(PolicyEndpoint,))
+    store.replace("a.yaml", [policy("a"), Pod(Key("x", "b"))], [])
+    snapshot = store.snapshot()
+    assert (snapshot.policy_endpoints, [pod.key.name for pod in snapshot.pods]) == ((), ["b"])
