@@ -13,6 +13,7 @@ from dataplane.sources.store import KubernetesObject
 from dataplane.sources.text import Located, TextError, documents
 
 MAX_PROBLEMS = 1000  # per file: a million bad objects must not become a million log lines
+MAX_KINDS = 20  # in the line about what was skipped
 
 _Reader = Callable[[object, str], tuple[KubernetesObject | None, list[Problem]]]
 
@@ -51,7 +52,7 @@ class Contents:
             # Without a name everything read from the file before stays in force: what was lost may be
             # any of it. The name of an object that can be used does no such thing.
             last = self.problems[-1]
-            name = "" if self.lost or not self.objects else store.identity(self.objects[-1])
+            name = "" if self.lost else store.identity(self.objects[-1])
             self.problems.append(
                 Problem(last.source, name, "", f"and {self.more} more problems in this file")
             )
@@ -75,8 +76,10 @@ def summary(skipped: Mapping[str, int]) -> str:
     """One line for the log about the kinds that were skipped; empty when there were none."""
     if not skipped:
         return ""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-    return f"skipped what has no meaning here: {kinds}"
+    kinds = [f"{count} {kind}" for kind, count in sorted(skipped.items())]
+    if len(kinds) > MAX_KINDS:
+        kinds[MAX_KINDS:] = [f"and {len(kinds) - MAX_KINDS} more kinds"]
+    return f"skipped what has no meaning here: {', '.join(kinds)}"
 
 
 def _document(document: object, source: str, where: str, found: Contents) -> None:
@@ -108,7 +111,7 @@ def _document(document: object, source: str, where: str, found: Contents) -> Non
         elif (meant := _SPELLINGS.get(kind.strip().lower())) not in (None, kind):
             found.add(Problem(source, "", place, f"kind must be {meant}, not {show(kind)}"))
         else:
-            found.skipped[kind if kind.isidentifier() else show(kind)] += 1
+            found.skipped[kind if kind.isidentifier() and len(kind) < 64 else show(kind)] += 1
 
 
 def _object(kind: str, raw: Mapping[object, object], source: str, place: str, found: Contents) -> None:

@@ -21,7 +21,7 @@ from yaml.cyaml import CParser  # type: ignore[attr-defined]
 
 MAX_DEPTH = 64  # Kubernetes objects need about 15
 MAX_DOCUMENTS = 100_000  # in one file; each costs some 10 µs even when it is empty
-MAX_VALUES = 6_000_000  # in one document: about 128 MiB of what kubectl prints as YAML
+MAX_VALUES = 6_000_000  # in one file: about 128 MiB of what kubectl prints as YAML
 MAX_EXPANDED = 1_000_000  # values that aliases may stand for ("billion laughs")
 
 _MAX_KNOWN = 65_536  # different scalars of which equal ones share one value
@@ -86,13 +86,16 @@ def documents(data: bytes, *, only_json: bool = False) -> Iterator[object | Text
             yield from values
             return
     line = number = 0
+    size = _Size()
     for piece in _pieces(text):
         held = 0
-        for document in _yaml(piece, line):
+        for document in _yaml(piece, line, size):
             if number + held == MAX_DOCUMENTS:
                 yield _too_many_documents()
                 return
             yield document
+            if isinstance(document, _LimitError):
+                return
             held += 1
         number += max(held, 1)  # an empty one costs as much
         if number > MAX_DOCUMENTS:
@@ -175,21 +178,21 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _yaml(text: str, line: int) -> Iterator[object | TextError]:
-    """The documents of one piece; `line` lines come before it in the file."""
+def _yaml(text: str, line: int, size: _Size) -> Iterator[object | TextError]:
+    """The documents of one piece; `line` lines and `size` come before it in the file."""
     parser = CParser(text)
-    builder = _Builder(line)
+    builder = _Builder(line, size)
     try:
         while (event := parser.get_event()) is not None:
             builder.feed(event)
             if isinstance(event, yaml.DocumentEndEvent):
                 if builder.document is not None:
                     yield builder.document
-                builder = _Builder(line)
+                builder = _Builder(line, size)
     except TextError as error:
         mark = event.start_mark if event is not None else None
         where = f"line {line + mark.line + 1}: " if mark is not None else ""
-        yield TextError(f"{where}{error}")
+        yield type(error)(f"{where}{error}")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {line + mark.line + 1}: " if mark is not None else ""
@@ -198,6 +201,13 @@ def _yaml(text: str, line: int) -> Iterator[object | TextError]:
         yield TextError(f"not YAML: {' '.join(str(error).split())[:200]}")
     finally:
         parser.dispose()
+
+
+@dataclass(slots=True)
+class _Size:
+    """How many values were read from a file so far."""
+
+    values: int = 0
 
 
 class _Frame:
@@ -233,12 +243,12 @@ class _Frame:
 class _Builder:
     """One document from its events, without recursion: depth costs no stack."""
 
-    def __init__(self, line: int) -> None:
+    def __init__(self, line: int, size: _Size) -> None:
         self.document: object = None
         self._line = line  # how many lines come before it in the file
         self._open: list[_Frame] = []
         self._anchors: dict[str, tuple[object, int]] = {}  # value, how many values it stands for
-        self._values = 0
+        self._size = size
         self._expanded = 0
         # A dump says the same few thousand words a million times: equal ones are one object.
         self._names: dict[str, str] = {}
@@ -280,10 +290,10 @@ class _Builder:
 
     def _count(self, values: int) -> int:
         """Count values in; returns how many came before."""
-        before = self._values
-        self._values += values
-        if self._values > MAX_VALUES:
-            raise TextError(_TOO_MANY)
+        before = self._size.values
+        self._size.values += values
+        if self._size.values > MAX_VALUES:
+            raise _LimitError(_TOO_MANY)
         return before
 
     def _key(self, frame: _Frame, name: str, *, plain: bool) -> None:
@@ -310,7 +320,7 @@ class _Builder:
 
     def _add(self, value: object, anchor: str | None, first: int) -> None:
         if anchor is not None:
-            self._anchors[anchor] = (value, self._values - first)
+            self._anchors[anchor] = (value, self._size.values - first)
         if not self._open:
             self.document = value
             return

@@ -68,6 +68,13 @@ def test_other_kinds_are_counted() -> None:
     assert found.problems == []
     assert summary(found.skipped) == "skipped what has no meaning here: 1 Deployment, 2 Secret"
     assert summary({}) == ""
+    many = read(*({"kind": f"Kind{n}"} for n in range(100, 200)), {"kind": "K" * 100_000})
+    assert sum(many.skipped.values()) == 101
+    line = summary(many.skipped)
+    assert "1 Kind100, 1 Kind101, " in line
+    assert line.endswith("and 81 more kinds")
+    assert len(line) < 500
+    assert len(max(many.skipped, key=len)) < 100
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,10 @@ def test_values_without_end(monkeypatch: pytest.MonkeyPatch, only_json: bool) ->
     ((error),) = read("a:\n" + "- b\n" * 200)
     assert isinstance(error, tuple)
     assert error[0].startswith("line 100: more than")
+    first, error = read(("- [a, b, c]\n" * 10 + "---\n") * 20)[-2:]
+    assert isinstance(first, list), "the documents before the bound count, those after it are not looked at"
+    assert isinstance(error, tuple)
+    assert "values; split the file" in error[0]
     assert len(read("[" + "1," * 50 + "1]", only_json=only_json)[0]) == 51  # type: ignore[arg-type]
 
 
