@@ -24,7 +24,8 @@ from dataplane.model import (
     Service,
     Snapshot,
 )
-from dataplane.policy.normalize import NAME_LABEL, NormalPolicy, NormalRule, PodPeer, normalize
+from dataplane.policy.normalize import NormalPolicy, NormalRule, PodPeer, normalize
+from dataplane.policy.resolve import namespace_labels
 from dataplane.policy.selectors import LabelIndex, matches
 
 _DROPPED_PORT = re.compile(r"spec\.((?:in|e)gress)\[(\d+)\]\.ports\[(\d+)\]")
@@ -74,7 +75,7 @@ class World:
         self.snapshot = snapshot
         self.policies = snapshot.network_policies
         self.normal: dict[Key, NormalPolicy] = {policy.key: normalize(policy) for policy in self.policies}
-        self.namespaces = _namespace_labels(snapshot)
+        self.namespaces = namespace_labels(snapshot)
         self._live: LabelIndex[Pod] = LabelIndex()
         self._finished: LabelIndex[Pod] = LabelIndex()
         self._in_namespace: defaultdict[str, list[Pod]] = defaultdict(list)
@@ -246,16 +247,6 @@ class World:
             for key, value in pod.labels.items():
                 labels[pod.key.namespace][key].add(value)
         return labels
-
-
-def _namespace_labels(snapshot: Snapshot) -> dict[str, dict[str, str]]:
-    """Labels by namespace; one that only other objects name has its name's."""
-    used = {pod.key.namespace for pod in snapshot.pods}
-    used.update(policy.key.namespace for policy in snapshot.network_policies)
-    labels = {name: {NAME_LABEL: name} for name in used}
-    for namespace in snapshot.namespaces:
-        labels[namespace.name] = {**namespace.labels, NAME_LABEL: namespace.name}
-    return labels
 
 
 def selector_text(selector: LabelSelector) -> str:
