@@ -57,7 +57,7 @@ CHECKS = (
     SERVICE_PORT,
 )
 
-_MANY = 500
+_MANY = 500  # pods; beyond that, naming those without a port helps nobody, and takes long to find
 
 
 def find(world: World) -> Iterator[Finding]:
@@ -93,7 +93,7 @@ class _Anybody:
         return tuple(self._named.get(name, ()))
 
 
-def concerned(world: World, rule: RuleAt) -> list[Pods]:
+def _concerned(world: World, rule: RuleAt) -> list[Pods]:
     """The pods on whose side the ports are: those selected, or each peer's. Only non-empty groups."""
     if rule.direction is Direction.INGRESS:
         groups = [world.subjects(rule.policy)]
@@ -103,7 +103,7 @@ def concerned(world: World, rule: RuleAt) -> list[Pods]:
 
 
 def _names(world: World, rule: RuleAt, anybody: _Anybody) -> Iterator[Finding]:
-    groups = concerned(world, rule)
+    groups = _concerned(world, rule)
     open_to_all = rule.direction is Direction.EGRESS and rule.normal.peers is None
     said = False  # once for a rule: its other entries leave out the same pods
     for field, port in zip(world.port_fields(rule), rule.written.ports, strict=True):
@@ -217,7 +217,7 @@ def _opens(rule: RuleAt, protocol: int, targets: set[int], pods: Pods) -> bool:
 def _service_ports(
     world: World, rule: RuleAt, services: dict[tuple[int, int], list[Service]]
 ) -> Iterator[Finding]:
-    groups = concerned(world, rule)
+    groups = _concerned(world, rule)
     if not groups or len(groups) != (
         1 if rule.direction is Direction.INGRESS else len(rule.normal.peers or ())
     ):
