@@ -14,12 +14,24 @@ from typing import NamedTuple
 
 from dataplane._rules import RuleSet
 from dataplane.addresses import family_of, parse_address, parse_prefix
-from dataplane.model import Direction, Hint, IPBlock, Key, Namespace, PortRange, Snapshot
+from dataplane.model import (
+    Direction,
+    Hint,
+    IPBlock,
+    Key,
+    Namespace,
+    NetworkPolicyPeer,
+    NetworkPolicyRule,
+    Pod,
+    PortRange,
+    Snapshot,
+)
 from dataplane.policy.check.dns import NODE_LOCAL, PORT, TCP, UDP, DnsServers
 from dataplane.policy.check.findings import Check, Finding, Severity
 from dataplane.policy.check.world import RuleAt, World, names
 from dataplane.policy.effective import DirectionRules, effective_rules
 from dataplane.policy.resolve import in_force
+from dataplane.policy.selectors import matches
 
 NO_DNS = Check(
     "no-dns",
@@ -217,11 +229,19 @@ def _effective(
     """
     snapshot = world.snapshot
     wanted = dns.pods.union(samples)
+    servers = [pod for pod in snapshot.pods if pod.key in dns.pods]
     small = Snapshot(
         policy_endpoints=snapshot.policy_endpoints,
         pods=tuple(pod for pod in snapshot.pods if pod.key in wanted),
         network_policies=tuple(
-            replace(policy, ingress=(), policy_types=frozenset({Direction.EGRESS}))
+            replace(
+                policy,
+                ingress=(),
+                policy_types=frozenset({Direction.EGRESS}),
+                egress=tuple(
+                    _about_dns(world, policy.key.namespace, rule, servers) for rule in policy.egress
+                ),
+            )
             for policy in policies.written.values()
         ),
         namespaces=tuple(Namespace(name, labels) for name, labels in sorted(world.namespaces.items())),
@@ -233,6 +253,26 @@ def _effective(
         for key in sorted(samples)
         if (found := effective.get(key)) is not None and found.egress is not None
     }
+
+
+def _about_dns(world: World, own: str, rule: NetworkPolicyRule, servers: list[Pod]) -> NetworkPolicyRule:
+    """The rule with every peer that means pods, but none of `servers`, made to match nothing."""
+    return rule._replace(
+        peers=tuple(
+            peer
+            if peer.ip_block is not None or any(_means(world, own, peer, pod) for pod in servers)
+            else NetworkPolicyPeer()
+            for peer in rule.peers
+        )
+    )
+
+
+def _means(world: World, own: str, peer: NetworkPolicyPeer, pod: Pod) -> bool:
+    selector = peer.namespace_selector
+    namespaces = {own} if selector is None else world.namespaces_of(selector)
+    return pod.key.namespace in namespaces and (
+        peer.pod_selector is None or matches(peer.pod_selector, pod.labels)
+    )
 
 
 def _judge(case: _Case, dns: DnsServers) -> Iterator[tuple[Check, str, str]]:
