@@ -67,7 +67,7 @@ class Agent:
         self.enforcement = Enforcement(config, self.programming)
         self.enforcement.when_in_force = self.programming.in_force
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
-        answers = Answers(self.enforcement, self.source)
+        answers = Answers(self.enforcement, self.source, self.programming)
         self.control = ControlServer(config.control, answers.by_name(), answers.streams())
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None

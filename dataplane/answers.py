@@ -35,12 +35,19 @@ class Source(Protocol):
     def problems(self) -> Sequence[str]: ...
 
 
+class Latencies(Protocol):
+    """How long changes took from their arrival to the rules in force (`programming.Programming`)."""
+
+    def quantiles(self) -> dict[str, float]: ...
+
+
 class Answers:
     """Reads the state of enforcement; changes nothing but how many events are captured."""
 
-    def __init__(self, enforcement: Enforcement, source: Source) -> None:
+    def __init__(self, enforcement: Enforcement, source: Source, latencies: Latencies) -> None:
         self.enforcement = enforcement
         self.source = source
+        self.latencies = latencies
         self._readers: dict[asyncio.Queue[dict[str, Any]], str] = {}
         self._pump: asyncio.Task[None] | None = None
         self._named: tuple[Plan | None, tuple[Pod, ...], Mapping[bytes, Key]] = (None, (), {})
@@ -104,6 +111,7 @@ class Answers:
             "queues": queues,
             "counters": {reason: count for reason, count in sorted(counters.items()) if count},
             "problems": problems,
+            "programming_ms": self.latencies.quantiles(),
             "pid": os.getpid(),
         }
 

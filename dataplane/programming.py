@@ -72,3 +72,11 @@ class Programming:
             self.recent.append(latency)
             for listener in self.listeners:
                 listener(latency)
+
+    def quantiles(self) -> dict[str, float]:
+        """Milliseconds from arrival to in force, of the last RECENT changes: p50, p99 and their number."""
+        times = sorted(each.received for each in self.recent)
+        found: dict[str, float] = {"changes": len(times)}
+        for name, share in (("p50", 0.5), ("p99", 0.99)) if times else ():
+            found[name] = round(times[min(int(len(times) * share), len(times) - 1)] * 1000, 1)
+        return found

@@ -59,3 +59,10 @@ def test_what_is_in_force_late_is_measured_when_it_is() -> None:
     programming.snapshot()
     programming.in_force()
     assert len(programming.recent) == 2
+
+
+def test_quantiles_are_those_of_the_last_changes() -> None:
+    programming = Programming(Store())
+    assert programming.quantiles() == {"changes": 0}
+    programming.recent.extend(Latency(number / 1000, None) for number in range(1, 101))
+    assert programming.quantiles() == {"changes": 100, "p50": 51.0, "p99": 100.0}
