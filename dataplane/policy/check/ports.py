@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from dataplane.model import EVERYTHING, PROTOCOL_NAMES, Direction, NetworkPolicyPort, Pod, Service
 from dataplane.policy.check.ends import on_the_wrong_end
@@ -64,18 +65,14 @@ def find(world: World) -> Iterator[Finding]:
     """What is to say about ports."""
     if not world.knows_pods:
         return
-    services: defaultdict[tuple[int, int], list[Service]] = defaultdict(list)
-    for service in world.snapshot.services:
-        if service.selector:
-            for port in service.ports:
-                services[port.protocol, port.port].append(service)
+    fronts = _fronts(world)
     anybody = _Anybody(world)
     for rule in world.every_rule():
         if not rule.written.ports or on_the_wrong_end(world, rule):
             continue
         if rule.normal.names:
             yield from _names(world, rule, anybody)
-        yield from _service_ports(world, rule, services)
+        yield from _service_ports(world, rule, fronts)
 
 
 class _Anybody:
@@ -204,18 +201,38 @@ def _allows(rule: RuleAt, protocol: int, number: int) -> bool:
     )
 
 
-def _opens(rule: RuleAt, protocol: int, targets: set[int], pods: Pods) -> bool:
+class _Front(NamedTuple):
+    """A Service's port that leads to pods' ports of other numbers."""
+
+    service: Service
+    backends: Pods
+    targets: frozenset[int]
+    names: frozenset[str]  # that the pods give these ports
+
+
+def _fronts(world: World) -> dict[tuple[int, int], list[_Front]]:
+    """By (protocol, the Service's port)."""
+    fronts: defaultdict[tuple[int, int], list[_Front]] = defaultdict(list)
+    for service in world.snapshot.services:
+        backends = world.backends(service) if service.selector else ()
+        for protocol, number in {(port.protocol, port.port) for port in service.ports}:
+            targets = _targets(service, (protocol, number), backends)
+            if backends and targets and number not in targets:
+                there = (port for pod in backends for port in pod.ports if port.protocol == protocol)
+                known = frozenset(port.name for port in there if port.name and port.port in targets)
+                fronts[protocol, number].append(_Front(service, backends, targets, known))
+    return fronts
+
+
+def _opens(rule: RuleAt, protocol: int, targets: frozenset[int], known: frozenset[str]) -> bool:
     """Whether the rule has one of the targets too, by number or by name: the author knows of them."""
-    wanted = {port.name for port in rule.normal.names if port.protocol == protocol}
     return any(_allows(rule, protocol, target) for target in targets) or any(
-        port.port in targets and port.protocol == protocol and port.name in wanted
-        for pod in pods
-        for port in pod.ports
+        port.name in known for port in rule.normal.names if port.protocol == protocol
     )
 
 
 def _service_ports(
-    world: World, rule: RuleAt, services: dict[tuple[int, int], list[Service]]
+    world: World, rule: RuleAt, fronts: dict[tuple[int, int], list[_Front]]
 ) -> Iterator[Finding]:
     groups = _concerned(world, rule)
     if not groups or len(groups) != (
@@ -226,14 +243,16 @@ def _service_ports(
         if not isinstance(port.port, int) or port.end_port not in (None, port.port):
             continue
         wanted = (protocol_of(port), port.port)
-        if wanted not in services or any(wanted in world.declared(group) for group in groups):
+        if wanted not in fronts or any(wanted in world.declared(group) for group in groups):
             continue
-        for service in services[wanted]:
-            backends = world.backends(service)
-            if not any(not world.keys(backends).isdisjoint(world.keys(group)) for group in groups):
+        opened: set[tuple[frozenset[int], frozenset[str]]] = set()  # thousands of Services are alike
+        for service, backends, targets, known in fronts[wanted]:
+            if (targets, known) in opened:
                 continue
-            targets = _targets(service, wanted, backends)
-            if not targets or _opens(rule, wanted[0], targets, backends):
+            if _opens(rule, wanted[0], targets, known):
+                opened.add((targets, known))
+                continue
+            if all(world.keys(backends).isdisjoint(world.keys(group)) for group in groups):
                 continue
             yield SERVICE_PORT.at(
                 rule.policy.key,
@@ -245,7 +264,7 @@ def _service_ports(
             break
 
 
-def _targets(service: Service, wanted: tuple[int, int], backends: Pods) -> set[int]:
+def _targets(service: Service, wanted: tuple[int, int], backends: Pods) -> frozenset[int]:
     """The pods' ports that the Service's port leads to."""
     targets: set[int] = set()
     for protocol, number, target in service.ports:
@@ -260,4 +279,4 @@ def _targets(service: Service, wanted: tuple[int, int], backends: Pods) -> set[i
                 for port in pod.ports
                 if port.name == target and port.protocol == protocol
             )
-    return targets
+    return frozenset(targets)
