@@ -6,7 +6,8 @@ allowed and takes away what the policies mean:
 
     ALL.deny(to="x/a").allow("y", to="x/a", ports="81/TCP")
 
-Nobody reaches x/a, but the pods of y its TCP port 81; all else stays open. Later words win.
+Nobody reaches x/a, but the pods of y its TCP port 81; all else stays open. Later words win. Real packets
+have to do what it says, and `podgate matrix` has to say it too.
 
 What must hold around the rules is not a table, and is tested beside them:
 
@@ -63,14 +64,17 @@ ports used again and again beside a steady flow
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from click.testing import CliRunner
 from objects import Object, network_policy, pod, pod_object
 
+from dataplane.cli.matrix import command
 from dataplane.lab.probe import probe_families
 from dataplane.lab.world import Lab
 from dataplane.model import Pod
@@ -195,17 +199,25 @@ class Cluster:
         self.agent.start()
 
     def check(self, *steps: Step) -> None:
-        """Each step in turn: everything is put in force live, and then every packet asked for."""
+        """Each step in turn: put in force live, then every packet asked for, and `podgate matrix`."""
         for number, each in enumerate(steps, 1):
             self.put(each)
             seen = probe_families(self.lab, each.table.ports, externals=tuple(WORLD.values()))
             expected = {4: each.table, 6: each.six or each.table}
-            wrong = "".join(
-                difference(f"IPv{family}", table.matrix(family), seen[family])
-                for family, table in expected.items()
-            )
+            wrong = ""
+            for family, table in expected.items():
+                wanted = table.matrix(family)
+                wrong += difference(f"packets, IPv{family}", wanted, seen[family])
+                wrong += difference(f"podgate matrix, IPv{family}", wanted, self._computed(table, family))
             if wrong:
                 raise AssertionError(f"table {number} of {len(steps)}\n{wrong}\n{_written(each)}")
+
+    def _computed(self, table: Table, family: int) -> Matrix:
+        """What `podgate matrix` says of the same files."""
+        options = [word for port in table.ports for word in ("--port", port)]
+        options += ["--external", WORLD[family], "--family", str(family), "-o", "json"]
+        done = CliRunner().invoke(command, [str(self.agent.directory), *options], catch_exceptions=False)
+        return Matrix.from_json(json.loads(done.stdout))
 
     def put(self, state: Step) -> None:
         """Bring the cluster into this state; back once it is in force."""
