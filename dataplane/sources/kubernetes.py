@@ -86,6 +86,7 @@ class KubernetesSource:
         """
         if not SUBDOMAIN.fullmatch(node_name):
             raise InputError(f"--node-name {node_name!r} is not a Kubernetes name")
+        self._credentials = credentials
         self._api = ApiServer(credentials)
         self._store = store
         self._node_name = node_name
@@ -176,6 +177,7 @@ class KubernetesSource:
 
     async def run(self) -> None:
         """Follow the cluster until cancelled."""
+        self._log.info("following the cluster", node=self._node_name, credentials=self._credentials.origin)
         tasks = [asyncio.create_task(part) for part in (self._read_node(), self._tick())]
         if self._resolve is Resolve.AUTO:
             tasks += [asyncio.create_task(part) for part in (self._definitions.run(), self._discover())]
@@ -221,13 +223,10 @@ class KubernetesSource:
         for name in self._feeds.keys() - wanted:
             self._close(name)
         resolving = "networkpolicies" in wanted
-        if self.synced and resolving != self._resolving:
-            self.switches += 1
-            self._log.info(
-                "NetworkPolicies are resolved here from now on"
-                if resolving
-                else "PolicyEndpoints rule from now on"
-            )
+        if not self.synced or resolving != self._resolving:
+            self.switches += self.synced
+            what = "NetworkPolicies are resolved here" if resolving else "PolicyEndpoints rule"
+            self._log.info(f"{what} from now on" if self.synced else what)
         self._resolving = resolving
         self._synced.set()
 

@@ -28,6 +28,7 @@ from dataplane.lab import netns
 ROOT = Path(__file__).resolve().parents[2]
 CRD = ROOT / "deploy" / "crds" / "policyendpoints.networking.k8s.aws.yaml"
 PORT = 6443
+ADDRESS = "198.18.255.1"  # which its certificate names, besides localhost
 START_SECONDS = 90.0  # 4 s on a quiet machine
 Raw = dict[str, Any]
 
@@ -106,7 +107,7 @@ class ControlPlane:
             ["openssl", "genrsa", "-out", str(self.home / "sa.key"), "2048"], check=True, capture_output=True
         )
         netns.ip([f"netns add {self.space}"])
-        netns.ip(["link set lo up"], netns=self.space)
+        netns.ip(["link set lo up", f"addr add {ADDRESS}/32 dev lo"], netns=self.space)
         self._etcd = self._run(
             "etcd",
             "--unsafe-no-fsync",
@@ -125,7 +126,7 @@ class ControlPlane:
             "--etcd-servers=http://127.0.0.1:2379",
             f"--secure-port={PORT}",
             "--bind-address=0.0.0.0",
-            "--advertise-address=198.18.255.1",  # or it looks for a default route
+            f"--advertise-address={ADDRESS}",
             f"--cert-dir={self.home / 'pki'}",
             "--service-account-issuer=https://podgate.test",
             f"--service-account-key-file={keys}",
