@@ -6,16 +6,18 @@ import asyncio
 import gc
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dataplane.answers import Answers
 from dataplane.config import AgentConfig, Mode, OnStop, Resolve
 from dataplane.enforcement import Enforcement
+from dataplane.errors import KernelError
 from dataplane.model import NetworkPolicy, PolicyEndpoint
 from dataplane.node.steering import installed_marks
-from dataplane.observe.control import ControlServer
+from dataplane.observe.control import ControlServer, ask_to_hand_over, someone_listens
 from dataplane.observe.log import Logger, get_logger
 from dataplane.programming import Programming
 from dataplane.sources.contents import summary
@@ -31,6 +33,10 @@ _IGNORED: dict[Resolve, tuple[type, ...]] = {
     Resolve.ALWAYS: (PolicyEndpoint,),
     Resolve.NEVER: (NetworkPolicy,),
 }
+
+# After handing over: how often the next agent is looked for, and how long it may be away.
+LOOK_SECONDS = 0.2
+ALONE_SECONDS = 3.0
 
 
 class Files:
@@ -68,9 +74,11 @@ class Agent:
         self.enforcement.when_in_force = self.programming.in_force
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
         answers = Answers(self.enforcement, self.source, self.programming)
-        self.control = ControlServer(config.control, answers.by_name(), answers.streams())
+        self.control = ControlServer(config.control, answers.by_name(), answers.streams(), self._hand_over)
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None
+        self._relieved = False  # another agent has taken over, or is about to
+        self._left = asyncio.Event()  # nothing of this node is ours any more
 
     def _cluster(self, store: Store) -> KubernetesSource:
         # The client takes half a second and 45 MB to import.
@@ -99,9 +107,14 @@ class Agent:
     async def run(self) -> None:
         """Start, enforce, and stop on SIGTERM, SIGINT or SIGHUP.
 
-        The control socket comes first, since a second agent stops there.
+        The control socket comes first, since a second agent stops there; unless that is to take over:
+        then the first agent judges packets until everything is ready but the queues.
         """
-        await self.control.start()
+        if self.config.take_over and await asyncio.to_thread(someone_listens, self.config.control):
+            self.log.info("another agent is running here; taking over once everything is known")
+            self.enforcement.before_queues = self._take_over
+        else:
+            await self.control.start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -112,7 +125,39 @@ class Agent:
             await self._until_stopped(self.source.run(), self._enforce())
         finally:
             await self._leave()
+            self._left.set()
             await self.control.stop()
+        if self._relieved and self._stop_signal is None:
+            await self._stand_by()
+
+    async def _take_over(self) -> None:
+        handed_over = await ask_to_hand_over(self.config.control)
+        await self.control.start()
+        self.log.info("took over" if handed_over else "the other agent has gone")
+
+    async def _hand_over(self, _query: Mapping[str, str]) -> dict[str, int]:
+        """Leave everything in the kernel as it is, and answer once the queues are free."""
+        self._relieved = True
+        self.control.withdraw()
+        self._stop.set()
+        await self._left.wait()
+        return {"generation": self.enforcement.generation}
+
+    async def _stand_by(self) -> None:
+        """Wait to be stopped: who ends instead is started again by its supervisor, and takes over.
+
+        That is what should happen when the agent that took over has gone: KernelError.
+        """
+        self.log.info("handed over; waiting to be stopped")
+        self._stop.clear()
+        alone = 0.0
+        while alone < ALONE_SECONDS:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), LOOK_SECONDS)
+                return
+            there = await asyncio.to_thread(someone_listens, self.config.control)
+            alone = 0.0 if there else alone + LOOK_SECONDS
+        raise KernelError("the agent that took over has gone; start this one again")
 
     async def _enforce(self) -> None:
         """No rule comes into force before everything is known that rules are made of.
@@ -148,6 +193,8 @@ class Agent:
         on_stop, enforced = self.config.on_stop, self.enforcement.in_force is not None
         at_terminal = self._stop_signal == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
         clean = on_stop is OnStop.CLEAN or (on_stop is OnStop.AUTO and at_terminal)
+        if self._relieved:  # they are the next agent's now
+            clean = enforced = False
         removed = await self.enforcement.stop(clean=clean)
         if clean and self.enforcement.started:
             self.log.info("cleaned up", removed=len(removed))

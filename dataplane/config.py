@@ -115,6 +115,7 @@ class AgentConfig:
     veth_prefix: str = "eni"
     on_stop: OnStop = OnStop.AUTO
     control: Path = DEFAULT_CONTROL
+    take_over: bool = False  # from an agent that runs here already, once all is ready to go on
     kubeconfig: str | None = None  # None: the pod's own credentials, else ~/.kube/config
     resolve: Resolve = Resolve.AUTO
     pod_names: PodNames = PodNames.LOCAL

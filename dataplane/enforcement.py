@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -78,6 +78,7 @@ class Enforcement:
         self.refused: str | None = None  # why the newest plan is not in force
         self.faults: list[str] = []  # what the last look at our own rules and threads found
         self.started = False  # the queues are ours; before that, rules found here are another agent's
+        self.before_queues: Callable[[], Awaitable[None]] | None = None  # all is ready but the queues
         self.when_in_force: Callable[[], None] = lambda: None  # called each time a change has come into force
         self.generation = 0  # of the table in force, its rules in the kernel too
         self._tables = 0  # how many were made
@@ -134,6 +135,8 @@ class Enforcement:
             self.log.warning("note", what=problem)
         plan = self._plan()
         self._publish(plan)
+        if self.before_queues is not None:
+            await self.before_queues()
         try:
             self.queues.start()
         except KernelError as error:  # nothing of ours is in the kernel yet, and nothing will be

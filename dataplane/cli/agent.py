@@ -146,6 +146,12 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     help="Keep our rules in the kernel or take them away; auto: keep on SIGTERM, clean on Ctrl-C.",
 )
 @_option(
+    "--take-over/--no-take-over",
+    default=False,
+    help="Where an agent runs already, get everything ready, then have it hand over (a rolling update)."
+    " Without, a second agent ends.",
+)
+@_option(
     "--coalesce-ms",
     type=click.IntRange(0, 10_000),
     default=20,
@@ -200,6 +206,7 @@ def command(log_format: str, **options: Any) -> None:
         veth_prefix=options["veth_prefix"],
         on_stop=OnStop(options["on_stop"]),
         control=options["control"],
+        take_over=options["take_over"],
         verify_seconds=options["verify_seconds"],
     )
     for source in config.sources:

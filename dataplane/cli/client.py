@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +48,19 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+
+def is_own(control: Path) -> bool:
+    """Whether an agent answers that is in our PID namespace: in this container, that is."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(TIMEOUT_SECONDS)
+        try:
+            probe.connect(str(control))
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return False
+    # unix(7): who listens, as seen from here; the kernel has no number for one of another namespace.
+    return bool(struct.unpack("3i", credentials)[0])
 
 
 def ask(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dataplane.cli import client
 from dataplane.cli.client import TIMEOUT_SECONDS, ask, control_option, output_option
 from dataplane.errors import AgentUnreachable, PodgateError
 
@@ -70,10 +71,20 @@ def _print(status: dict[str, Any]) -> None:
     metavar="SECONDS",
     help="Wait until the agent is ready, at most this long.",
 )
+@click.option(
+    "--is-own",
+    is_flag=True,
+    help="Only tell by the exit status whether an agent of this container answers, ready or not: a startup"
+    " probe for an agent that takes over from another container's.",
+)
 @output_option
 @control_option
-def command(wait_ready: float | None, output: str, control: Path) -> None:
+def command(wait_ready: float | None, is_own: bool, output: str, control: Path) -> None:
     """Ask the running agent how it is. Exit 0 when it is ready, 1 when not or not reachable."""
+    if is_own:
+        if not client.is_own(control):
+            raise NotReady(f"no agent of this container answers at {control}")
+        return
     status = _wait(control, wait_ready or 0)
     if output == "json":
         click.echo(json.dumps(status))

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from aiohttp import web
 
 from dataplane.errors import InputError, PodgateError
@@ -25,6 +26,8 @@ Stream = Callable[[Query], AsyncIterator[Any]]
 
 # A reader of a stream never finishes by itself, and must not keep the agent from ending.
 SHUTDOWN_SECONDS = 0.5
+HAND_OVER = "hand-over"
+HAND_OVER_SECONDS = 30.0  # a change that is being put in force ends first
 
 
 # aiohttp logs whatever a client gets wrong, with a traceback; the client is told, and that is enough.
@@ -33,7 +36,8 @@ _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
 
 
-def _someone_listens(path: Path) -> bool:
+def someone_listens(path: Path) -> bool:
+    """Whether an agent answers on this socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
@@ -43,6 +47,27 @@ def _someone_listens(path: Path) -> bool:
         return True
 
 
+async def ask_to_hand_over(path: Path) -> bool:
+    """Ask the agent on this socket to leave the node to us. True once it has left its queues and rules
+    as they are; False when no agent answers. InputError when it will not.
+    """
+    timeout = aiohttp.ClientTimeout(total=HAND_OVER_SECONDS)
+    connector = aiohttp.UnixConnector(path=str(path))
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.post(f"http://agent/{HAND_OVER}") as answer,
+        ):
+            if answer.status == 200:
+                return True
+            said = (await answer.text())[:200] or str(answer.status)
+    except aiohttp.ClientConnectorError:
+        return False
+    except (aiohttp.ClientError, TimeoutError) as error:
+        said = str(error) or "no answer in time"
+    raise InputError(f"--control {path}: another agent is running here and does not hand over: {said}")
+
+
 def _refusal(error: PodgateError) -> web.Response:
     return web.json_response({"error": str(error), "exit_code": error.exit_code}, status=400)
 
@@ -50,14 +75,24 @@ def _refusal(error: PodgateError) -> web.Response:
 class ControlServer:
     """Serves named answers and streams of JSON lines on a unix socket that only root may open."""
 
-    def __init__(self, path: Path, answers: Mapping[str, Answer], streams: Mapping[str, Stream]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        answers: Mapping[str, Answer],
+        streams: Mapping[str, Stream],
+        hand_over: Answer | None = None,
+    ) -> None:
+        """`hand_over` is called by POST, all others by GET."""
         self._path = path
+        self._file: tuple[int, int] | None = None  # device and inode of our socket
         self._runner: web.AppRunner | None = None
         self._app = web.Application()
         for name, answer in answers.items():
             self._app.router.add_get(f"/{name}", self._answer(answer))
         for name, stream in streams.items():
             self._app.router.add_get(f"/{name}", self._stream(stream))
+        if hand_over is not None:
+            self._app.router.add_post(f"/{HAND_OVER}", self._answer(hand_over))
 
     @staticmethod
     def _answer(answer: Answer) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -88,7 +123,7 @@ class ControlServer:
 
     async def start(self) -> None:
         """Open the socket. InputError when an agent already answers there."""
-        if _someone_listens(self._path):
+        if someone_listens(self._path):
             raise InputError(
                 f"--control {self._path}: another agent is running here; stop it, or choose another path"
             )
@@ -105,11 +140,22 @@ class ControlServer:
             await self._runner.setup()
             await web.UnixSite(self._runner, str(self._path)).start()
             self._path.chmod(0o600)
+            made = self._path.stat()
+            self._file = (made.st_dev, made.st_ino)
         except OSError as error:
             raise InputError(f"--control {self._path}: {error.strerror or error}") from None
+
+    def withdraw(self) -> None:
+        """Remove the socket, unless another agent has put its own there. Open connections go on."""
+        with suppress(OSError):
+            found = self._path.stat()
+            if (found.st_dev, found.st_ino) == self._file:
+                self._path.unlink()
+        self._file = None
 
     async def stop(self) -> None:
         """Close every connection and remove the socket."""
         if self._runner is not None:
+            self.withdraw()
             await self._runner.cleanup()
-            self._path.unlink(missing_ok=True)
+            self._runner = None
