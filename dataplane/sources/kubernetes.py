@@ -383,20 +383,28 @@ class KubernetesSource:
 
     async def _tick(self) -> None:
         """Once a second: what becomes due by time alone."""
+        looked_at: list[tuple[Resource, int, int]] = []
+        waiting = True
         while True:
             await asyncio.sleep(1.0)
-            self.unmatched = tuple(self._without_endpoints(UNMATCHED_SECONDS)) if self.synced else ()
-            for policy in self.unmatched:
-                if policy not in self._reported:
-                    self._log.warning(
-                        "NetworkPolicy without PolicyEndpoint",
-                        policy=str(policy),
-                        seconds=UNMATCHED_SECONDS,
-                        consequence=self._consequence,
-                    )
-            self._reported = set(self.unmatched)
+            now = [(watch.resource, watch.lists, watch.changes) for watch in self.watches]
+            if not waiting and now == looked_at:
+                continue  # thousands of policies, and nothing new about them
+            looked_at, waiting = now, bool(self._without_endpoints())
+            self._report(self._without_endpoints(UNMATCHED_SECONDS) if self.synced else [])
             if self._resolving and self._definition.served:
                 self._wake_up()  # the last policy that we resolved may have its PolicyEndpoint by now
+
+    def _report(self, unmatched: list[Key]) -> None:
+        for policy in unmatched:
+            if policy not in self._reported:
+                self._log.warning(
+                    "NetworkPolicy without PolicyEndpoint",
+                    policy=str(policy),
+                    seconds=UNMATCHED_SECONDS,
+                    consequence=self._consequence,
+                )
+        self.unmatched, self._reported = tuple(unmatched), set(unmatched)
 
     def _tell(self) -> None:
         """Log what has come into the way of knowing the cluster, and when it is gone."""

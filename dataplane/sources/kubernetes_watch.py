@@ -118,6 +118,11 @@ class Watch:
         self._retry = 0.0
         self._connected = False  # a watch is open
 
+    @property
+    def changes(self) -> int:
+        """Events received that were about an object, since the lists."""
+        return sum(self.events.values()) - self.events["BOOKMARK"]
+
     async def run(self) -> None:
         """Follow the kind until cancelled."""
         while True:

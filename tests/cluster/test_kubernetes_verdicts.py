@@ -290,3 +290,16 @@ def test_strict_mode_closes_pods_before_the_cluster_answers(
     one.wait_reaches("x/a", "x/b", True, 30)
     # While it starts, the API server refuses what it will grant; our Node is asked for again.
     one.wait_status(lambda status: status["ready"] and not status["problems"])
+
+
+def test_an_agent_that_waits_for_the_cluster_stops_when_told(
+    lab: LabFactory, agent: AgentFactory, cluster: ControlPlane
+) -> None:
+    pods = lab(["x/a"])
+    one = agent(pods, start=False)
+    cluster.stop_server(kill=True)
+    one.start(wait=False)
+    one.wait_problem("connection refused")
+    assert one.terminate() == 0
+    assert "Traceback" not in one.text()
+    assert "Unclosed" not in one.text()

@@ -223,3 +223,33 @@ def test_what_is_kept_depends_on_what_is_there_and_not_on_how_it_came(steps: lis
     kept = {name for name, (policy, _) in there.items() if policy in policies}
     assert names(store) == sorted(kept)
     assert selected(store) == {(name, pod) for name in kept for pod in here[name]}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("policyRef", "podSelectorEndpoints", "podIsolation", "ingress", "egress")
+ENTRIES = st.fixed_dictionaries({}, optional=dict.fromkeys(("name", "namespace", "hostIP", "podIP"), JSON))
+
+
+@given(
+    JSON
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, JSON))
+    | st.fixed_dictionaries({"policyRef": ENTRIES, "podSelectorEndpoints": st.lists(ENTRIES, max_size=2)}),
+    JSON,
+)
+def test_whatever_a_slice_holds_the_others_stay(spec: Any, metadata: Any) -> None:
+    store, slices = made()
+    slices.changed(raw("good", "p", ("a", HERE)))
+    bad = {"metadata": {"name": "bad", "namespace": "x", "labels": metadata, "annotations": metadata}}
+    slices.changed({**bad, "spec": spec})
+    slices.begin_list()
+    slices.listed(raw("good", "p", ("a", HERE)))
+    slices.listed({**bad, "spec": spec})
+    slices.end_list()
+    slices.locate([Key("x", "a"), Key("x", "b")], [NODE])
+    assert "good" in names(store)
+    slices.gone({**bad, "spec": spec})
+    assert names(store) == ["good"]
