@@ -122,7 +122,7 @@ def measure(pods: int, replicas: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "dump.yaml"
         path.write_text(dump(pods, replicas))
-        read, snapshot = _timed(lambda: read_paths([path]))
+        read, snapshot = _timed(lambda: read_paths([path]).snapshot)
         resolve, resolved = _timed(lambda: in_force(snapshot))
         matrix, reach = _timed(lambda: reachability(resolved, ports))
         as_json, text = _timed(lambda: json.dumps(reach.matrix().to_json()))

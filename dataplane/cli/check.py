@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dataplane.cli.objects import read_objects
 from dataplane.cli.progress import progress
 from dataplane.errors import InputError
 
@@ -108,10 +109,8 @@ def command(paths: tuple[Path, ...], output: str, ignore: frozenset[str]) -> Non
     anything was found, 0 when not, 2 when a path cannot be read.
     """
     from dataplane.policy.check import check, reported
-    from dataplane.sources.directory import read_places
 
-    with progress(f"Reading {' '.join(map(str, paths))}"):
-        snapshot, places = read_places(paths)
+    snapshot, places, _ = read_objects(paths, warn=False)  # what is wrong is found below
     if not snapshot.network_policies and not snapshot.policy_endpoints:
         click.echo("podgate: no NetworkPolicy here, so there is little to check", err=True)
     elif not snapshot.pods:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dataplane.cli.client import ask, control_option, output_option
+from dataplane.cli.objects import read_objects
 from dataplane.errors import PodgateError
 
 
@@ -25,11 +26,8 @@ def _from_files(
     from dataplane.policy.explain import table_of_everything
     from dataplane.policy.explainer import Explainer
     from dataplane.policy.resolve import in_force
-    from dataplane.sources.directory import read_paths
 
-    known = read_paths(paths)
-    for problem in known.problems:
-        click.echo(f"podgate: warning: {problem}", err=True)
+    known = read_objects(paths).snapshot
     resolved = in_force(known)
     explainer = Explainer(table_of_everything(resolved, Compiler()), known, resolved)
     return explainer.explain(source, destination, port, family, everything=everything)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dataplane.addresses import format_address
+from dataplane.cli.objects import read_objects
 from dataplane.errors import InputError
 
 if TYPE_CHECKING:
@@ -189,11 +190,7 @@ def demo(which: str) -> None:
 
 def _pods(paths: Sequence[Path]) -> list[Pod]:
     """The pods to make. One without an address gets it from a PolicyEndpoint that names it, if any."""
-    from dataplane.sources.directory import read_paths
-
-    snapshot = read_paths(paths)
-    for problem in snapshot.problems:
-        click.echo(f"podgate: warning: {problem}", err=True)
+    snapshot = read_objects(paths).snapshot
     stated: dict[Key, dict[bytes, None]] = {}
     hosts: dict[Key, dict[bytes, None]] = {}
     for policy in snapshot.policy_endpoints:

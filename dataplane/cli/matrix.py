@@ -7,13 +7,15 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from dataplane.cli.objects import read_objects
+from dataplane.cli.progress import progress
+from dataplane.errors import InputError
 from dataplane.reachability import ALLOWED, BOTH_DENIED, DENIED, EGRESS_DENIED, INGRESS_DENIED, NOT_JUDGED
 
 if TYPE_CHECKING:
@@ -46,9 +48,8 @@ _NAMED = 5  # pods named in one note
     "--port",
     "ports",
     multiple=True,
-    required=True,
     metavar="PORT",
-    help="80/TCP, 53/UDP, 9999/SCTP or ICMP; repeatable.",
+    help="80/TCP, 53/UDP, 9999/SCTP or ICMP; repeatable. Default: what most pods declare.",
 )
 @click.option(
     "--external", "externals", multiple=True, metavar="IP", help="Also to and from this IP; repeatable."
@@ -57,10 +58,10 @@ _NAMED = 5  # pods named in one note
 @click.option(
     "-o",
     "--output",
-    type=click.Choice(["table", "json"]),
+    type=click.Choice(["table", "json", "html"]),
     default="table",
     show_default=True,
-    help="A table for people, JSON for machines.",
+    help="A table for people, JSON for machines, or a page for a browser (-o html > page.html).",
 )
 def command(
     paths: tuple[Path, ...],
@@ -76,35 +77,37 @@ def command(
     about a single one.
     """
     from dataplane.policy.explain import parse_family, parse_port
-    from dataplane.policy.matrix import reachability
+    from dataplane.policy.matrix import common_ports, reachability
     from dataplane.policy.resolve import in_force
-    from dataplane.sources.directory import read_paths
 
     wanted = [parse_port(port) for port in ports]
-    with _progress(f"Reading {' '.join(map(str, paths))}"):
-        known = read_paths(paths)
-        resolved = in_force(known)
-    for problem in resolved.problems:
-        click.echo(f"podgate: warning: {problem}", err=True)
-    with _progress("Asking the engine about every pair"):
+    if output == "html" and sys.stdout.isatty():
+        raise InputError("-o html prints a whole page: send it to a file, as in `-o html > page.html`")
+    known = read_objects(paths).snapshot
+    resolved = in_force(known)
+    if not wanted:
+        wanted, others = common_ports(resolved.pods)
+        if others:
+            click.echo(
+                f"podgate: no --port, so the {len(wanted)} that most pods declare; there are also"
+                f" {', '.join(map(str, others[:_NAMED]))}{', …' if len(others) > _NAMED else ''}",
+                err=True,
+            )
+    with progress("Asking the engine about every pair"):
         reach = reachability(resolved, wanted, externals, parse_family(family))
     for note in notes(reach):
         click.echo(f"podgate: {note}", err=True)
     if output == "json":
         click.echo(json.dumps(reach.matrix().to_json()))
+    elif output == "html":
+        from dataplane.report.page import render
+
+        with progress("Explaining every pair"):
+            page = render(reach, known, resolved, [str(path) for path in paths])
+        click.echo(page)
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         click.echo("\n".join(table(reach, width)))
-
-
-def _progress(text: str) -> AbstractContextManager[Any]:
-    """A moving line on a terminal, gone when the work is done."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from rich.console import Console
-    from rich.text import Text
-
-    return Console(stderr=True).status(Text(text))
 
 
 def notes(reach: Reachability) -> Iterator[str]:
@@ -141,7 +144,7 @@ def table(reach: Reachability, width: int | None) -> Iterator[str]:
         yield f"{_CELLS[ALLOWED]} all pairs allowed  {_CELLS[DENIED]} none  42% of the pairs  (42) pods"
     yield (
         f"Pair by pair it takes {grid.width} columns, this terminal has {width}:"
-        " use -o json, or pipe into `less -S`"
+        " use -o html > page.html, -o json, or pipe into `less -S`"
     )
 
 

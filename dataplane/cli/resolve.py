@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from dataplane.cli.objects import read_objects
 from dataplane.cli.progress import progress
 
 
@@ -30,13 +31,9 @@ def command(paths: tuple[Path, ...], output: str) -> None:
     """
     from dataplane.manifests import to_yaml
     from dataplane.policy.resolve import policy_endpoints
-    from dataplane.sources.directory import read_paths
     from dataplane.sources.manifest import manifest
 
-    with progress(f"Reading {' '.join(map(str, paths))}"):
-        snapshot = read_paths(paths)
-    for problem in snapshot.problems:
-        click.echo(f"podgate: warning: {problem}", err=True)
+    snapshot = read_objects(paths).snapshot
     policies = {policy.key: policy for policy in snapshot.network_policies}
     with progress("Resolving"):
         made = policy_endpoints(snapshot)

@@ -220,7 +220,7 @@ class _Demo:
     def play(self) -> None:
         began = time.monotonic()
         self._head()
-        pods = read_paths([self.examples / "pods.yaml"]).pods
+        pods = read_paths([self.examples / "pods.yaml"]).snapshot.pods
         with contextlib.ExitStack() as ending:
             lab = ending.enter_context(Lab.up(self.name, pods, tied=True))
             self._pods(lab, pods)

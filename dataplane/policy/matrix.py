@@ -7,15 +7,16 @@ one rule set still differ in is whether the peer is their own node.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 
 from dataplane._rules import RuleSet, RuleTable
 from dataplane.addresses import family_of, parse_address
 from dataplane.errors import InputError
-from dataplane.model import Direction, Key, Snapshot
+from dataplane.model import PROTOCOLS, Direction, Key, Pod, Snapshot
 from dataplane.policy.compile import Compiler, rule_of
 from dataplane.policy.effective import isolating_policies
 from dataplane.policy.explain import ICMP, Peer, Port, known_pods, table_of_everything
@@ -32,6 +33,7 @@ from dataplane.reachability import (
 )
 from dataplane.reasons import Reason
 
+COMMON_PORTS = 3
 _NOBODY: frozenset[bytes] = frozenset()
 # A cell as a number: 1, the egress end denies, plus 2, the ingress end denies.
 _MARKS = bytes.maketrans(
@@ -90,6 +92,22 @@ def reachability(
         ingress=lines[Direction.INGRESS],
         left_out=left_out,
     )
+
+
+def common_ports(pods: Iterable[Pod]) -> tuple[list[Port], list[Port]]:
+    """The ports to ask about where nobody says which: those most pods declare, and the others.
+
+    Both in the order of their numbers. Without any, 80/TCP.
+    """
+    declared = Counter(
+        Port(port.protocol, port.port)
+        for pod in pods
+        if not pod.finished
+        for port in {(port.protocol, port.port): port for port in pod.ports}.values()
+    )
+    ranked = sorted(declared, key=lambda port: (-declared[port], port.number, str(port)))
+    by_number = partial(sorted, key=lambda port: (port.number, str(port)))
+    return by_number(ranked[:COMMON_PORTS]) or [Port(PROTOCOLS["TCP"], 80)], by_number(ranked[COMMON_PORTS:])
 
 
 def _ends(

@@ -32,7 +32,7 @@ from inotify_simple import Event, INotify, flags
 
 from dataplane.errors import InputError
 from dataplane.model import Problem, Snapshot
-from dataplane.sources.contents import Contents, read_contents
+from dataplane.sources.contents import Contents, read_contents, summary
 from dataplane.sources.store import Store, identity
 
 MAX_FILE = 128 * 1024 * 1024
@@ -56,13 +56,6 @@ _GONE = (errno.ENOENT, errno.ENOTDIR)
 _Signature = tuple[int, int, int, int, int]
 
 
-def read_paths(paths: Sequence[Path]) -> Snapshot:
-    """Everything in files and directories, read once. InputError when a path cannot be read."""
-    store = Store()
-    DirectorySource(paths, store, watch=False).load()
-    return store.snapshot()
-
-
 class Place(NamedTuple):
     """Where an object is written: a file, and the line it begins in where that is known."""
 
@@ -70,8 +63,19 @@ class Place(NamedTuple):
     line: int | None
 
 
-def read_places(paths: Sequence[Path]) -> tuple[Snapshot, dict[str, Place]]:
-    """`read_paths`, and where each object that has a name is written, by identity (`store.identity`)."""
+class Reading(NamedTuple):
+    """What files hold. `places`: of each object that has a name, by identity (`store.identity`).
+
+    `skipped` says which kinds have no meaning here, in one line; empty when there are none.
+    """
+
+    snapshot: Snapshot
+    places: dict[str, Place]
+    skipped: str
+
+
+def read_paths(paths: Sequence[Path]) -> Reading:
+    """Everything in files and directories, read once. InputError when a path cannot be read."""
     store = Store()
     places: dict[str, Place] = {}
 
@@ -81,8 +85,9 @@ def read_places(paths: Sequence[Path]) -> tuple[Snapshot, dict[str, Place]]:
             if name not in places or places[name].source <= origin:
                 places[name] = Place(origin, contents.lines.get(name))
 
-    DirectorySource(paths, store, watch=False, note=note).load()
-    return store.snapshot(), places
+    source = DirectorySource(paths, store, watch=False, note=note)
+    source.load()
+    return Reading(store.snapshot(), places, summary(source.skipped))
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import pytest
 from dataplane.errors import InputError
 from dataplane.model import Snapshot
 from dataplane.sources import directory
-from dataplane.sources.directory import DirectorySource, Place, read_paths, read_places
+from dataplane.sources.directory import DirectorySource, Place, read_paths
 from dataplane.sources.store import Store
 
 
@@ -65,7 +65,7 @@ def test_file_and_directories(tmp_path: Path) -> None:
         (tmp_path / "d" / name).write_text(policy("never"))
     (tmp_path / "d" / ".git").mkdir()
     (tmp_path / "d" / ".git" / "x.yaml").write_text(policy("never"))
-    snapshot = read_paths([tmp_path / "d", tmp_path / "single.txt"])
+    snapshot = read_paths([tmp_path / "d", tmp_path / "single.txt"]).snapshot
     assert set(cidrs(snapshot)) == {"a", "b", "c", "single"}
     assert snapshot.problems == ()
 
@@ -73,7 +73,7 @@ def test_file_and_directories(tmp_path: Path) -> None:
 def test_the_same_file_by_two_paths_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(policy("a"))
     (tmp_path / "b.yaml").symlink_to("a.yaml")
-    snapshot = read_paths([tmp_path, tmp_path / "a.yaml", tmp_path])
+    snapshot = read_paths([tmp_path, tmp_path / "a.yaml", tmp_path]).snapshot
     assert cidrs(snapshot) == {"a": "10.0.0.1/32"}
     assert snapshot.problems == ()
 
@@ -82,8 +82,8 @@ def test_paths_show_as_they_were_given(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.yaml").write_text("a: [")
     monkeypatch.chdir(tmp_path)
-    assert [p.source for p in read_paths([Path("d")]).problems] == ["d/a.yaml"]
-    assert [p.source for p in read_paths([Path("d/a.yaml")]).problems] == ["d/a.yaml"]
+    assert [p.source for p in read_paths([Path("d")]).snapshot.problems] == ["d/a.yaml"]
+    assert [p.source for p in read_paths([Path("d/a.yaml")]).snapshot.problems] == ["d/a.yaml"]
 
 
 @pytest.mark.parametrize("name", ["missing", "missing/a.yaml", "file/a.yaml"])
@@ -97,7 +97,7 @@ def test_bad_document_spares_the_rest(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(policy("a") + "---\n]\n---\n" + policy("b"))
     (tmp_path / "c.json").write_text("{")
     (tmp_path / "d.yaml").write_bytes(b"\xff")
-    snapshot = read_paths([tmp_path])
+    snapshot = read_paths([tmp_path]).snapshot
     assert set(cidrs(snapshot)) == {"a", "b"}
     assert [Path(p.source).name for p in snapshot.problems] == ["a.yaml", "c.json", "d.yaml"]
 
@@ -107,7 +107,7 @@ def test_file_beyond_the_limit_is_refused_quickly(tmp_path: Path) -> None:
     with (tmp_path / "huge.yaml").open("wb") as file:
         file.truncate(directory.MAX_FILE + 1)
     start = time.monotonic()
-    snapshot = read_paths([tmp_path])
+    snapshot = read_paths([tmp_path]).snapshot
     assert time.monotonic() - start < 5
     assert cidrs(snapshot) == {"a": "10.0.0.1/32"}
     assert lines(snapshot) == [f"{tmp_path}/huge.yaml: cannot be read: larger than 128 MiB; split it"]
@@ -121,7 +121,7 @@ def test_links_in_circles_and_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "self.yaml").symlink_to("self.yaml")
     (tmp_path / "nothing.yaml").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.yaml")
-    snapshot = read_paths([tmp_path])
+    snapshot = read_paths([tmp_path]).snapshot
     assert cidrs(snapshot) == {"a": "10.0.0.1/32"}
     assert [Path(p.source).name for p in snapshot.problems] == ["nothing.yaml", "self.yaml"]
 
@@ -129,7 +129,7 @@ def test_links_in_circles_and_to_nothing(tmp_path: Path) -> None:
 def test_name_that_is_no_text(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/\xff.yaml", "w") as file:
         file.write("[")
-    (line,) = lines(read_paths([tmp_path]))
+    (line,) = lines(read_paths([tmp_path]).snapshot)
     assert line.encode()
     assert "\\xff.yaml" in line
 
@@ -536,7 +536,7 @@ def test_places_name_the_file_and_the_line_an_object_begins_in(tmp_path: Path) -
     (tmp_path / "1.yaml").write_text(text)
     one_line = '{"kind": "Namespace", "metadata": {"name": "%s"}}'
     (tmp_path / "2.json").write_text("\n" + one_line % "d" + "\n" + one_line % "a")
-    snapshot, places = read_places([tmp_path])
+    snapshot, places, _ = read_paths([tmp_path])
     assert [namespace.name for namespace in snapshot.namespaces] == ["a", "b", "d"]
     first, second = str(tmp_path / "1.yaml"), str(tmp_path / "2.json")
     assert places == {
@@ -551,4 +551,4 @@ def test_places_name_the_file_and_the_line_an_object_begins_in(tmp_path: Path) -
 def test_objects_of_a_json_list_have_a_file_and_no_line(tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     path.write_text('{"kind": "List", "items": [\n{"kind": "Namespace", "metadata": {"name": "a"}}]}')
-    assert read_places([path])[1] == {"Namespace a": Place(str(path), None)}
+    assert read_paths([path]).places == {"Namespace a": Place(str(path), None)}

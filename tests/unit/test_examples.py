@@ -21,7 +21,7 @@ PORTS = (80, 6379, 9000, 9001)
 
 
 def read(*names: str) -> Snapshot:
-    snapshot = read_paths([EXAMPLES / name for name in names])
+    snapshot = read_paths([EXAMPLES / name for name in names]).snapshot
     assert snapshot.problems == ()
     assert [str(pod.key) for pod in snapshot.pods] == list(NAMES)
     return snapshot

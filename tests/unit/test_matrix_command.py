@@ -167,10 +167,41 @@ def test_colour_and_width_of_a_terminal(tmp_path: Path) -> None:
     assert "less -S" in shown
 
 
-def test_a_port_must_be_given(tmp_path: Path) -> None:
-    done = run(tmp_path, PODS)
-    assert done.exit_code == 2
-    assert "--port" in done.stderr
+def test_a_page_is_not_printed_on_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "dump.yaml"
+    path.write_text(PODS + DENY)
+    assert on_terminal(80, str(path), "--port", "80", "-o", "html") == (
+        2,
+        "",
+        "podgate: -o html prints a whole page: send it to a file, as in `-o html > page.html`\n",
+    )
+
+
+def test_a_page(tmp_path: Path) -> None:
+    done = run(tmp_path, PODS + DENY, "--port", "80", "-o", "html")
+    assert done.exit_code == 0
+    assert done.stdout.lower().startswith("<!doctype html>")
+    assert done.stdout.rstrip().lower().endswith("</html>")
+
+
+def test_without_a_port_those_that_most_pods_declare_are_shown(tmp_path: Path) -> None:
+    def web(name: str, number: int, *ports: int) -> str:
+        declared = ", ".join(f"{{containerPort: {port}}}" for port in ports)
+        pod = POD.format(namespace="x", name=name, ip=f"10.0.1.{number}")
+        return pod.replace("status:", f"spec: {{containers: [{{name: c, ports: [{declared}]}}]}}\nstatus:")
+
+    text = PODS + web("d", 1, 80, 443, 9001) + web("e", 2, 443, 8080, 8080) + web("f", 3, 80, 8080)
+    done = run(tmp_path, text, "-o", "json")
+    assert list(json.loads(done.stdout)["cells"]) == ["80/TCP", "443/TCP", "8080/TCP"]
+    assert "there are also 9001/TCP\n" in done.stderr
+    assert list(json.loads(run(tmp_path, PODS, "-o", "json").stdout)["cells"]) == ["80/TCP"]
+
+
+def test_what_was_skipped_is_one_line(tmp_path: Path) -> None:
+    other = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d, namespace: x}\n---\n"
+    done = run(tmp_path, other * 2 + PODS, "--port", "80/TCP", "-o", "json")
+    assert done.exit_code == 0
+    assert done.stderr.splitlines()[0] == "podgate: skipped what has no meaning here: 2 Deployment"
 
 
 def test_who_denies_can_be_told_without_colour() -> None:
@@ -212,7 +243,8 @@ def test_namespaces_replace_pods_that_do_not_fit() -> None:
         "  2 y (20)   X  99%",
         "",
         ". all pairs allowed  X none  42% of the pairs  (42) pods",
-        "Pair by pair it takes 91 columns, this terminal has 40: use -o json, or pipe into `less -S`",
+        "Pair by pair it takes 91 columns, this terminal has 40:"
+        " use -o html > page.html, -o json, or pipe into `less -S`",
     ]
 
 
@@ -231,7 +263,7 @@ def test_no_line_of_a_table_wraps(size: int) -> None:
 
 def test_the_hint_says_what_else_to_do() -> None:
     wide = reach({"x": 130}, *["." * 130] * 130)
-    assert "-o json" in lines(wide, 80)[-1]
+    assert "-o html > page.html" in lines(wide, 80)[-1]
     assert "less -S" in lines(wide, 20)[-1]
 
 

@@ -517,7 +517,7 @@ def test_what_resolve_prints_reads_back_the_same(tmp_path: Path, output: str) ->
     assert back.problems == []
     assert not back.skipped
     given = [each for each in back.objects if isinstance(each, PolicyEndpoint)]
-    assert tuple(sorted(given, key=lambda each: each.key)) == policy_endpoints(read_paths([path]))
+    assert tuple(sorted(given, key=lambda each: each.key)) == policy_endpoints(read_paths([path]).snapshot)
     again = CliRunner().invoke(command, [str(path), "-o", output])
     assert again.stdout == answer.stdout
 

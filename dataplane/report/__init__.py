@@ -1,0 +1,1 @@
+"""What podgate found, as pages that a browser shows without any server."""
