@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self, final
 
 from dataplane._rules import RuleTable
@@ -25,6 +25,7 @@ def judge_flow(
 
 @final
 class Publisher:
+    on_retired: Callable[[RuleTable], None] | None
     def __new__(cls) -> Self: ...
     @property
     def table(self) -> RuleTable | None: ...

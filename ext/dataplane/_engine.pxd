@@ -76,6 +76,8 @@ cdef struct worker_t:
     uint64_t bytes[2][3][32]
     uint64_t cache_hits
     uint64_t cache_misses
+    uint64_t *tally               # the table's tally of our lane, like `table`
+    uint32_t lane                 # no other worker of the publisher has it
 
 cdef void worker_enter(worker_t *worker) noexcept nogil
 cdef void worker_leave(worker_t *worker) noexcept nogil
@@ -95,7 +97,9 @@ cdef class Publisher:
     cdef list _workers            # weak references
     cdef object _recent           # generation -> pods of the last tables, for events
     cdef uint32_t _newest
+    cdef public object on_retired    # called with every table that no worker sees any more; None: nobody
     cdef object __weakref__       # weak references are allowed
+    cdef bint open_lanes(self, RuleTable table) except False
     cdef bint drop_unseen(self) except False
 
 cdef class Worker:

@@ -24,9 +24,11 @@ from dataplane._packet cimport (PKT_FIRST_FRAGMENT, PKT_ICMP_ERROR, PKT_ND, addr
 from dataplane._reasons cimport (R_COUNT, R_NEIGHBOUR_DISCOVERY, R_NO_RULE, R_NO_TABLE, R_NONE,
                                  R_NOT_A_POD, R_NOT_ISOLATED, R_OWN_NODE, R_POLICY_RULE, R_RELATED, R_REPLY,
                                  R_SAME_POD, R_SPOOFED, reason_t)
-from dataplane._rules cimport (POD_BRANCH, POD_EGRESS_ISOLATED, POD_INGRESS_ISOLATED, POD_SPOOF_CHECK,
-                               POD_UNKNOWN, RuleTable, pod_t, ruleset_find, table_is_own_node,
-                               table_pod_by_address, table_pod_by_device, table_pod_has_address, table_t)
+from dataplane._rules cimport (MAX_LANES, POD_BRANCH, POD_EGRESS_ISOLATED, POD_INGRESS_ISOLATED,
+                               POD_SPOOF_CHECK, POD_UNKNOWN, SIDE_EGRESS, SIDE_INGRESS, TALLY_ALLOWED,
+                               TALLY_NO_RULE, TALLY_NO_TABLE, TALLY_OUTCOMES, TALLY_SPOOFED, RuleTable,
+                               pod_t, ruleset_find, table_is_own_node, table_pod_by_address,
+                               table_pod_by_device, table_pod_has_address, table_t)
 from dataplane._flows cimport (cache_find, cache_free, cache_new, cache_put, cache_t, flow_key_t,
                                flow_value_t)
 
@@ -341,10 +343,12 @@ cdef void worker_enter(worker_t *worker) noexcept nogil:
         if get_table(worker.current) == table:
             break
     worker.table = table
+    worker.tally = table.tallies[worker.lane] if table != NULL else NULL
 
 
 cdef void worker_leave(worker_t *worker) noexcept nogil:
     worker.table = NULL
+    worker.tally = NULL
     set_table(&worker.hazard, NULL)
 
 
@@ -366,6 +370,33 @@ cdef void record(worker_t *worker, const packet_t *packet, const path_t *path,
     set_u64(&worker.ring_head, head + 1)
 
 
+cdef inline void count_end(worker_t *worker, int32_t pod, size_t side, uint8_t reason,
+                           int32_t rule) noexcept nogil:
+    cdef size_t place
+    if pod < 0:
+        return
+    place = 2 * <size_t>pod + side
+    if reason == R_POLICY_RULE and rule >= 0:
+        worker.tally[place * TALLY_OUTCOMES + TALLY_ALLOWED] += 1
+        worker.tally[worker.table.rule_tallies[place] + <size_t>rule] += 1
+    elif reason == R_NO_RULE:
+        worker.tally[place * TALLY_OUTCOMES + TALLY_NO_RULE] += 1
+    elif reason == R_SPOOFED:
+        worker.tally[place * TALLY_OUTCOMES + TALLY_SPOOFED] += 1
+    elif reason == R_NO_TABLE:
+        worker.tally[place * TALLY_OUTCOMES + TALLY_NO_TABLE] += 1
+
+
+# Denials at the end that decided; what rules allowed, at every end that was asked.
+cdef void count_ends(worker_t *worker, const verdict_t *out) noexcept nogil:
+    if out.reason == R_RELATED:
+        return                    # judged by the rules of another packet's flow
+    if out.allow or out.direction == DIR_EGRESS:
+        count_end(worker, out.egress_pod, SIDE_EGRESS, out.egress_reason, out.egress_rule)
+    if out.allow or out.direction == DIR_INGRESS:
+        count_end(worker, out.ingress_pod, SIDE_INGRESS, out.ingress_reason, out.ingress_rule)
+
+
 cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, size_t wire,
                        const path_t *path, verdict_t *out) noexcept nogil:
     cdef packet_t packet
@@ -373,6 +404,9 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
     judge_bytes(worker.table, worker, data, captured, wire, path, &packet, out)
     worker.packets[out.allow][out.direction][out.reason] += 1
     worker.bytes[out.allow][out.direction][out.reason] += wire
+    # A flow that is allowed and known costs nothing here.
+    if worker.tally != NULL and not (out.allow and out.cached):
+        count_ends(worker, out)
     capture = get_u32(&worker.capture)
     if capture and (not out.allow or capture == CAPTURE_ALL
                     or (capture == CAPTURE_MISSES and not out.cached)):
@@ -464,7 +498,10 @@ globals()["judge_flow"] = _judge_flow
 
 @cython.final
 cdef class Publisher:
-    """Holds the table in force. `publish` may be called from one thread at a time, with the GIL."""
+    """Holds the table in force. `publish` may be called from one thread at a time, with the GIL.
+
+    `on_retired` is called with every table that no worker can count in any more.
+    """
 
     def __cinit__(self):
         self._tables = []
@@ -482,6 +519,7 @@ cdef class Publisher:
                 if table.c.generation <= self._newest:
                     raise ValueError(
                         f"generation {table.c.generation} is not above {self._newest}, published before")
+                self.open_lanes(table)
                 self._tables.append(table)
                 self._newest = table.c.generation
                 self._recent[table.c.generation] = table.pods
@@ -505,10 +543,18 @@ cdef class Publisher:
         """The pods of a recent table by pod index, None when it is no longer known."""
         return self._recent.get(generation)
 
+    cdef bint open_lanes(self, RuleTable table) except False:
+        for reference in self._workers:
+            worker = reference()
+            if worker is not None:
+                table.open_lane((<Worker>worker).c.lane)
+        return True
+
     cdef bint drop_unseen(self) except False:
         cdef table_t *current = get_table(&self.current)
         cdef table_t *seen
         cdef list keep = []
+        cdef list retired = []
         cdef set announced = set()
         cdef list alive = []
         for reference in self._workers:
@@ -521,7 +567,12 @@ cdef class Publisher:
             seen = &(<RuleTable>table).c
             if seen == current or <size_t>seen in announced:
                 keep.append(table)
+            else:
+                retired.append(table)
         self._tables = keep
+        if self.on_retired is not None:
+            for table in retired:
+                self.on_retired(table)
         return True
 
     def quiesced(self):
@@ -566,6 +617,14 @@ cdef class Worker:
             self.c.ring_mask = <uint32_t>(slots - 1)
         self.publisher = publisher
         self.c.current = &publisher.current
+        taken = {(<Worker>other).c.lane for other in (known() for known in publisher._workers)
+                 if other is not None}
+        while self.c.lane in taken:
+            self.c.lane += 1
+        if self.c.lane >= MAX_LANES:
+            raise ValueError(f"a publisher has at most {MAX_LANES} workers")
+        for table in publisher._tables:
+            (<RuleTable>table).open_lane(self.c.lane)
         publisher._workers.append(weakref.ref(self))
 
     def __dealloc__(self):

@@ -1,6 +1,7 @@
 # Compiled rules. A RuleSet is what one direction of one pod allows: disjoint address intervals,
 # sorted, each with one merged set of (protocol, port) ranges. A RuleTable is everything the engine
-# needs for this node's pods. Both are immutable once made and are shared between threads.
+# needs for this node's pods. Both are immutable once made and are shared between threads, but for the
+# table's tallies, of which each thread has its own.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
 
 from dataplane._packet cimport addr_t, flow_t
@@ -81,6 +82,18 @@ cdef struct address_t:
     uint32_t pod                      # index into pods
     uint8_t family
 
+# What is counted per pod and side: a tally is uint64_t[n_pods][2 sides][TALLY_OUTCOMES], one cache line
+# a pod, and behind that one number per rule of each distinct (side, RuleSet).
+cdef enum:
+    MAX_LANES = 64                # tallies of one table: threads that count at a time
+    SIDE_INGRESS = 0
+    SIDE_EGRESS = 1
+    TALLY_ALLOWED = 0             # a rule allowed it
+    TALLY_NO_RULE = 1
+    TALLY_SPOOFED = 2
+    TALLY_NO_TABLE = 3
+    TALLY_OUTCOMES = 4
+
 cdef struct table_t:
     uint32_t generation               # 1, 2, …; 0 is never used
     uint32_t n_pods
@@ -94,6 +107,9 @@ cdef struct table_t:
     const address_t *own_node         # this node's own addresses, sorted; `pod` unused
     const uint32_t *device_keys       # open addressing: ifindex, 0 = empty
     const uint32_t *device_pods       # index into pods
+    const size_t *rule_tallies    # [n_pods][2]: where in a tally the numbers of its rules begin
+    size_t tally_words
+    uint64_t *tallies[64]         # MAX_LANES, by lane; NULL: nobody counts there
 
 # Index of the pod behind an interface or with an address, or -1.
 cdef int32_t table_pod_by_device(const table_t *table, uint32_t ifindex) noexcept nogil
@@ -107,6 +123,9 @@ cdef class RuleTable:
     cdef readonly object pods         # tuple of the PodEntry objects it was made from, by pod index
     cdef readonly object own_addresses
     cdef object _rulesets             # keeps alive what the pods point to
+    cdef list _counted                # (direction, RuleSet) in the order of their numbers in a tally
     cdef void *block
+    cdef uint64_t *seen               # a tally: what `take_tally` has told
     cdef object __weakref__       # weak references are allowed
     cdef readonly Py_ssize_t nbytes
+    cdef bint open_lane(self, uint32_t lane) except False

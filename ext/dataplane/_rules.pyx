@@ -21,7 +21,15 @@ from libc.string cimport memcpy, memset
 from dataplane._memory cimport block_new
 from dataplane._packet cimport addr_t, packed_address, unpack_address
 
+from dataplane.model import Direction
+from dataplane.reasons import Reason
 from dataplane.verdict import Allowed, Interval
+
+cdef extern from *:
+    """
+    #define rules_get_u64(slot) __atomic_load_n((slot), __ATOMIC_RELAXED)
+    """
+    uint64_t get_u64 "rules_get_u64" (const uint64_t *slot) noexcept nogil
 
 cdef enum:
     NO = 0xFFFFFFFF
@@ -1135,6 +1143,11 @@ cdef class RuleSet:
                 found.append([packed_address(&begin, family), packed_address(&last, family), allowed])
         return [Interval(first, end, tuple(what)) for first, end, what in found if what]
 
+    @property
+    def n_intervals(self):
+        """Address intervals of both families that a look-up searches."""
+        return self.c.v4.n + self.c.v6.n
+
     def __repr__(self):
         return f"<RuleSet of {len(self.rules)} rules, {self.c.v4.n} + {self.c.v6.n} intervals>"
 
@@ -1232,8 +1245,30 @@ cdef bint write_address(address_t *entry, object packed, uint32_t pod) except Fa
 
 
 @cython.final
+# By side and by outcome of a tally.
+cdef tuple SIDES = (Direction.INGRESS, Direction.EGRESS)
+cdef tuple OUTCOMES = (Reason.POLICY_RULE, Reason.NO_RULE, Reason.SPOOFED, Reason.NO_TABLE)
+
+
+# What all lanes have counted there.
+cdef inline uint64_t tally_at(const table_t *table, size_t word) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef int lane
+    for lane in range(MAX_LANES):
+        if table.tallies[lane] != NULL:
+            total += get_u64(&table.tallies[lane][word])
+    return total
+
+
+# The first word from `word` on that has grown since it was told, or the number of words.
+cdef size_t next_grown(const table_t *table, const uint64_t *seen, size_t word) noexcept nogil:
+    while word < table.tally_words and tally_at(table, word) == seen[word]:
+        word += 1
+    return word
+
+
 cdef class RuleTable:
-    """Everything the engine needs for this node's pods. Immutable.
+    """Everything the engine needs for this node's pods. Immutable, but for what is counted in it.
 
     `pods` is a sequence of `dataplane.policy.compile.PodEntry`; `ingress` and `egress` hold each
     pod's RuleSet or None (not isolated in that direction), in the same order. `own_node` are this
@@ -1251,6 +1286,7 @@ cdef class RuleTable:
         cdef uint32_t *keys
         cdef uint32_t *values
         cdef uint32_t device, slot, count
+        cdef size_t *rule_tallies
         self.pods = tuple(pods)
         self._rulesets = (tuple(ingress), tuple(egress))
         self.own_addresses = frozenset(own_node)
@@ -1265,7 +1301,7 @@ cdef class RuleTable:
             slots *= 2
         size = padded(len(self.pods) * sizeof(pod_t)) + 2 * padded(n_addresses * sizeof(address_t))
         size += padded(len(self.own_addresses) * sizeof(address_t))
-        size += 2 * padded(slots * sizeof(uint32_t)) + 64
+        size += 2 * padded(slots * sizeof(uint32_t)) + padded(2 * len(self.pods) * sizeof(size_t)) + 64
         self.block = calloc(1, size)
         if self.block == NULL:
             raise MemoryError
@@ -1282,6 +1318,8 @@ cdef class RuleTable:
         keys = <uint32_t *>at
         at += padded(slots * sizeof(uint32_t))
         values = <uint32_t *>at
+        at += padded(slots * sizeof(uint32_t))
+        rule_tallies = <size_t *>at
         self.c.generation = generation
         self.c.n_pods = <uint32_t>len(self.pods)
         self.c.n_addresses = <uint32_t>n_addresses
@@ -1293,6 +1331,20 @@ cdef class RuleTable:
         self.c.own_node = own
         self.c.device_keys = keys
         self.c.device_pods = values
+        self.c.rule_tallies = rule_tallies
+        self.c.tally_words = len(self.pods) * 2 * TALLY_OUTCOMES
+        self._counted = []
+        begins = {}
+        for i, sides in enumerate(zip(*self._rulesets)):
+            for side, rules in zip(SIDES, sides):
+                if rules is None:
+                    continue
+                if (side, rules) not in begins:
+                    begins[side, rules] = self.c.tally_words
+                    self._counted.append((side, rules))
+                    self.c.tally_words += len((<RuleSet?>rules).rules)
+                rule_tallies[2 * i + (SIDE_EGRESS if side is Direction.EGRESS else SIDE_INGRESS)] = (
+                    begins[side, rules])
         count = 0
         i = 0
         for entry, allows_in, allows_out in zip(self.pods, *self._rulesets):
@@ -1338,7 +1390,60 @@ cdef class RuleTable:
         qsort(own, i, sizeof(address_t), by_entry)
 
     def __dealloc__(self):
+        cdef int lane
+        for lane in range(MAX_LANES):
+            free(self.c.tallies[lane])
+        free(self.seen)
         free(self.block)
+
+    cdef bint open_lane(self, uint32_t lane) except False:
+        # A large one takes no memory before something is counted there (zero pages). 8 words more: no
+        # cache line is shared with the next lane's.
+        if self.c.tallies[lane] == NULL:
+            self.c.tallies[lane] = <uint64_t *>calloc(self.c.tally_words + 8, sizeof(uint64_t))
+            if self.c.tallies[lane] == NULL:
+                raise MemoryError
+        return True
+
+    def take_tally(self):
+        """What workers have counted by this table since the last call: (pods, rules).
+
+        pods: [((pod's key, direction, reason), packets)]; the reason is `policy-rule` for packets that
+        the direction's rules allowed when they were looked up (the flow cache repeats verdicts, which
+        is not counted), `no-rule`, `spoofed` or `no-table` for every packet denied for it. rules:
+        [((RuleSet, direction, rule id), packets)], look-ups that the rule decided. Not for several
+        threads at once.
+        """
+        cdef size_t word = 0, words = self.c.tally_words, pods = self.c.n_pods * 2 * TALLY_OUTCOMES, begin
+        cdef uint64_t total, grown
+        if self.seen == NULL:
+            self.seen = <uint64_t *>calloc(words + 1, sizeof(uint64_t))
+            if self.seen == NULL:
+                raise MemoryError
+        of_pods = []
+        of_rules = []
+        counted = iter(self._counted)
+        begin = pods
+        size = 0
+        while True:
+            with nogil:
+                word = next_grown(&self.c, self.seen, word)
+            if word >= words:
+                return of_pods, of_rules
+            total = tally_at(&self.c, word)
+            grown = total - self.seen[word]
+            self.seen[word] = total
+            if word < pods:
+                key = self.pods[word // (2 * TALLY_OUTCOMES)].key
+                side = SIDES[word // TALLY_OUTCOMES % 2]
+                of_pods.append(((key, side, OUTCOMES[word % TALLY_OUTCOMES]), grown))
+            else:
+                while word >= begin + <size_t>size:
+                    begin += <size_t>size
+                    side, rules = next(counted)
+                    size = len((<RuleSet>rules).rules)
+                of_rules.append(((rules, side, word - begin), grown))
+            word += 1
 
     @property
     def generation(self):
