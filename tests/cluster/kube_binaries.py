@@ -24,6 +24,7 @@ PROGRAMS = ("etcd", "kube-apiserver")
 MODULE = Path(__file__).parent / "apiserver"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "podgate"
 BUILD_SECONDS = 2400.0  # the longest; usual are 6 to 10 minutes on two cores, 1 with a warm Go cache
+GO_PLACES = ("/usr/local/go/bin/go", str(Path(sys.executable).with_name("go")))  # besides PATH
 GO_MINOR = 24  # what Kubernetes of this version asks for
 HELP = (
     "name a folder with both in KUBEBUILDER_ASSETS,"
@@ -62,7 +63,7 @@ def find() -> Path | None:
 
 def find_go() -> str | None:
     """A Go that is new enough."""
-    for go in (shutil.which("go"), "/usr/local/go/bin/go", str(Path(sys.executable).with_name("go"))):
+    for go in (shutil.which("go"), *GO_PLACES):
         if go is None or not os.access(go, os.X_OK):
             continue
         said = subprocess.run(

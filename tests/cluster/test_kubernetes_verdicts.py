@@ -38,6 +38,7 @@ def test_policy_endpoints_come_change_and_go(
     one.wait_reaches("x/c", "x/b", True)
     cluster.apply(policy("x", "web", select(pods, "x/b"), ingress=allow(pods, "x/a")))
     one.wait_reaches("x/a", "x/b", True)
+    assert one.status()["programming_ms"]["changes"] >= 2
     one.wait_reaches("x/c", "x/b", False)
     cluster.delete(made)
     one.wait_reaches("x/c", "x/b", True)
