@@ -157,19 +157,25 @@ class QueueSet:
                 total[name] = total.get(name, 0) + count
         return total
 
-    def healthy(self) -> list[str]:
-        """One line per thing that is wrong; empty when every queue is being judged."""
-        if not self._threads:
-            return ["the queues are not started"]
+    def dead(self) -> list[str]:
+        """One line per queue that will not be judged again without a restart."""
         problems = []
         known = {stats.num for stats in self.stats()}
-        for queue, thread in zip(self._queues, self._threads, strict=True):
+        for queue, thread in zip(self._queues, self._threads, strict=False):
             if queue.number in self._failures:
                 problems.append(f"queue {queue.number}: its thread stopped: {self._failures[queue.number]}")
             elif not thread.is_alive():
                 problems.append(f"queue {queue.number}: its thread stopped")
             elif queue.number not in known:
                 problems.append(f"queue {queue.number}: the kernel no longer knows it; restart the agent")
+        return problems
+
+    def healthy(self) -> list[str]:
+        """One line per thing that is wrong; empty when every queue is being judged."""
+        if not self._threads:
+            return ["the queues are not started"]
+        problems = self.dead()
+        for queue in self._queues:
             if failed := queue.losses().get("failed_judgements"):
                 problems.append(
                     f"queue {queue.number}: {failed} packets could not be judged and were dropped"

@@ -86,7 +86,7 @@ class Watch:
 
     `synced`: the receiver has had a whole list. `problem`: why it may be behind the server now, one
     line, or None. `restarts` counts by reason: ended (its time was over), expired (listed again),
-    error. `lists` and `events` count what was received.
+    error. `lists` and `events` count what was received, `faults` the requests that failed, by kind.
     """
 
     def __init__(
@@ -111,12 +111,19 @@ class Watch:
         self.refused = 0  # the HTTP status behind the problem, if there is one
         self.restarts: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
         self.lists = 0
         self._version: str | None = None  # to go on from; None: list
         self._streaming = True  # unless the server could not when it was tried last
         self._pages = True  # until a list takes longer than the server keeps its pages
         self._retry = 0.0
         self._connected = False  # a watch is open
+        self._heard: float | None = None  # when an event, a bookmark or a list came last
+
+    @property
+    def silence(self) -> float | None:
+        """Seconds since anything was heard of the kind; None: nothing ever was."""
+        return None if self._heard is None else time.monotonic() - self._heard
 
     @property
     def changes(self) -> int:
@@ -146,6 +153,7 @@ class Watch:
                 self._version = None
             except ApiFault as fault:
                 self.restarts["error"] += 1
+                self.faults[_fault_kind(fault.status)] += 1
                 # A connection that breaks off once is no news before the next one fails too.
                 if not self._connected or fault.status or self._retry:
                     self._note(self._explain(fault), refused=fault.status)
@@ -299,6 +307,7 @@ class Watch:
 
     def _take_version(self, metadata: Raw) -> None:
         version = metadata.get("resourceVersion")
+        self._heard = time.monotonic()
         if isinstance(version, str) and version:
             self._version = version
 
@@ -322,6 +331,14 @@ class Watch:
         if fault.status == _NOT_FOUND:
             return f"the API server does not serve {resource}; is its CustomResourceDefinition installed?"
         return str(fault)
+
+
+def _fault_kind(status: int) -> str:
+    """A failed request by its HTTP status, in a word. 0: no answer, or none that can be read."""
+    if status >= 500:
+        return "server-error"
+    known = {0: "no-answer", 401: "unauthorized", 403: "forbidden", 404: "not-found", 429: "throttled"}
+    return known.get(status, "other")
 
 
 def _object(raw: object, host: str) -> Raw:
