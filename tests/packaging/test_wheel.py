@@ -28,7 +28,7 @@ COMPILED = "_flows"
 NEWER = time.time() + 86400
 # What a checkout holds beside its sources. Compared with names, so that a test needs no git.
 NOT_SOURCES = shutil.ignore_patterns(
-    ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.html", "results", "floor"
+    ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "results", "floor"
 )
 
 
@@ -50,8 +50,9 @@ def build(kind: str, tree: Path, out: Path) -> Path:
 
 def export(to: Path) -> Path:
     shutil.copytree(ROOT, to, ignore=NOT_SOURCES)
-    for generated in (to / "ext").rglob("*.c"):
-        generated.unlink()
+    for pattern in ("*.c", "*.html"):
+        for generated in (to / "ext").rglob(pattern):
+            generated.unlink()
     return to
 
 
@@ -116,6 +117,8 @@ def test_the_sdist_holds_sources_only(built: Built) -> None:
 def test_the_wheel_holds_what_a_user_needs(built: Built) -> None:
     held = names(built.from_sdist)
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dataplane").rglob("*.py")}
+    report = ROOT / "dataplane/report/assets"
+    assets = {path.relative_to(ROOT).as_posix() for path in report.iterdir()}
     stubs = {f"dataplane/{source.stem}.pyi" for source in SOURCES}
     extensions = {f"dataplane/{source.stem}{SUFFIX}" for source in SOURCES}
     data = f"podgate-{VERSION}.data/data/{EXAMPLES}"
@@ -125,8 +128,9 @@ def test_the_wheel_holds_what_a_user_needs(built: Built) -> None:
     facts = {
         f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")
     }
-    expected = modules | stubs | extensions | examples | facts
+    expected = modules | assets | stubs | extensions | examples | facts
     assert len(extensions) == 6
+    assert {path.rpartition(".")[2] for path in assets} == {"html", "css", "js"}
     assert held == expected | {"dataplane/py.typed", f"{info}/licenses/LICENSE"}
 
 
@@ -158,3 +162,7 @@ def test_the_wheel_works_outside_of_a_checkout(built: Built, tmp_path: Path) -> 
     ):
         query = ["--from", source, "--to", "stars/backend", "--port", port, "--expect", expected]
         assert expected in run([podgate, "explain", "stars", *query], tmp_path)
+
+    page = run([podgate, "matrix", "stars", "--port", "80/TCP", "-o", "html"], tmp_path)
+    for asset in (ROOT / "dataplane/report/assets").glob("page.[jc]s*"):
+        assert asset.read_text() in page
