@@ -58,29 +58,29 @@ class _Kind:
     """The objects of one kind in force, sorted; the same tuple for as long as none changes."""
 
     def __init__(self) -> None:
-        self._items: dict[Any, Any] = {}
-        self._order: list[Any] = []
+        self._keys: list[Any] = []
+        self._items: list[Any] = []  # in step with the keys
         self._tuple: tuple[Any, ...] = ()
 
     def update(self, changes: Mapping[Any, Any]) -> None:
         """Changes by sort key; None takes the object away."""
-        for key, item in changes.items():
-            if item is None:
-                self._items.pop(key, None)
-            else:
-                self._items[key] = item
         # An insertion moves what comes after it: many at a time are cheaper sorted anew.
-        if len(changes) > 16 + len(self._order) // 64:
-            self._order = sorted(self._items)
+        if len(changes) > 16 + len(self._keys) // 64:
+            whole = dict(zip(self._keys, self._items, strict=True)) | changes
+            self._keys = sorted(key for key, item in whole.items() if item is not None)
+            self._items = [whole[key] for key in self._keys]
         else:
             for key, item in changes.items():
-                place = bisect_left(self._order, key)
-                known = place < len(self._order) and self._order[place] == key
+                place = bisect_left(self._keys, key)
+                known = place < len(self._keys) and self._keys[place] == key
                 if item is None and known:
-                    del self._order[place]
-                elif item is not None and not known:
-                    self._order.insert(place, key)
-        self._tuple = tuple([self._items[key] for key in self._order])
+                    del self._keys[place], self._items[place]
+                elif item is not None and known:
+                    self._items[place] = item
+                elif item is not None:
+                    self._keys.insert(place, key)
+                    self._items.insert(place, item)
+        self._tuple = tuple(self._items)
 
     def objects(self, _kind: type[_T]) -> tuple[_T, ...]:
         return cast("tuple[_T, ...]", self._tuple)

@@ -396,3 +396,20 @@ def test_kinds_that_do_not_count_are_not_taken_up() -> None:
     store.replace("a.yaml", [policy("a"), Pod(Key("x", "b"))], [])
     snapshot = store.snapshot()
     assert (snapshot.policy_endpoints, [pod.key.name for pod in snapshot.pods]) == ((), ["b"])
+
+
+@pytest.mark.parametrize("together", [1, 100])
+def test_many_objects_stay_sorted_however_many_change_at_once(together: int) -> None:
+    store = Store()
+    expected: dict[str, PolicyEndpoint] = {}
+    for start in range(0, 300, together):
+        for number in range(start, start + together):
+            name = f"p{number * 7919 % 300:03}"
+            if number % 3 == 2:
+                gone = f"p{(number - 1) * 7919 % 300:03}"
+                expected.pop(gone, None)
+                store.delete("k", f"PolicyEndpoint x/{gone}")
+            expected[name] = policy(name, number % 200)
+            store.put("k", f"PolicyEndpoint x/{name}", expected[name])
+        assert store.snapshot().policy_endpoints == tuple(expected[name] for name in sorted(expected))
+'''
