@@ -19,7 +19,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -62,7 +62,7 @@ class _Kind:
         self._items: list[Any] = []  # in step with the keys
         self._tuple: tuple[Any, ...] = ()
 
-    def update(self, changes: Mapping[Any, Any]) -> None:
+    def update(self, changes: dict[Any, Any]) -> None:
         """Changes by sort key; None takes the object away."""
         # An insertion moves what comes after it: many at a time are cheaper sorted anew.
         if len(changes) > 16 + len(self._keys) // 64:

@@ -412,4 +412,3 @@ def test_many_objects_stay_sorted_however_many_change_at_once(together: int) -> 
             expected[name] = policy(name, number % 200)
             store.put("k", f"PolicyEndpoint x/{name}", expected[name])
         assert store.snapshot().policy_endpoints == tuple(expected[name] for name in sorted(expected))
-'''
