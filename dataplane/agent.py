@@ -15,14 +15,17 @@ from dataplane.answers import Answers
 from dataplane.config import AgentConfig, Mode, OnStop, Resolve
 from dataplane.enforcement import Enforcement
 from dataplane.errors import KernelError
-from dataplane.model import NetworkPolicy, PolicyEndpoint
+from dataplane.model import Key, NetworkPolicy, PolicyEndpoint
 from dataplane.node.steering import installed_marks
 from dataplane.observe.control import ControlServer, ask_to_hand_over, someone_listens
+from dataplane.observe.health import health_pages
+from dataplane.observe.http import HttpServer
 from dataplane.observe.log import Logger, get_logger
 from dataplane.programming import Programming
 from dataplane.sources.contents import summary
 from dataplane.sources.directory import DirectorySource
 from dataplane.sources.store import Store
+from dataplane.telemetry import Telemetry, Watched
 
 if TYPE_CHECKING:
     from dataplane.sources.kubernetes import KubernetesSource
@@ -44,6 +47,8 @@ class Files:
 
     ready = True
     problems: Sequence[str] = ()
+    watches: Sequence[Watched] = ()
+    unmatched: Sequence[Key] = ()
 
     def __init__(self, config: AgentConfig, store: Store, log: Logger) -> None:
         self._source = DirectorySource(config.sources, store)
@@ -75,6 +80,11 @@ class Agent:
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
         answers = Answers(self.enforcement, self.source, self.programming)
         self.control = ControlServer(config.control, answers.by_name(), answers.streams(), self._hand_over)
+        telemetry = Telemetry(self.enforcement, self.source, self.programming)
+        self.http = HttpServer()
+        self.http.add("--metrics-bind-addr", config.metrics, {"/metrics": telemetry.page})
+        pages = health_pages(telemetry.dead, telemetry.unready)
+        self.http.add("--health-probe-bind-addr", config.health, pages)
         self._stop = asyncio.Event()
         self._stop_signal: int | None = None
         self._relieved = False  # another agent has taken over, or is about to
@@ -120,10 +130,13 @@ class Agent:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, self._stopped_by, number)
         try:
+            if self.enforcement.before_queues is None:  # else the first agent still answers there
+                await self.http.start()
             if isinstance(self.source, Files):
                 self.source.load()
             await self._until_stopped(self.source.run(), self._enforce())
         finally:
+            await self.http.stop()
             await self._leave()
             self._left.set()
             await self.control.stop()
@@ -133,6 +146,7 @@ class Agent:
     async def _take_over(self) -> None:
         handed_over = await ask_to_hand_over(self.config.control)
         await self.control.start()
+        await self.http.start()
         self.log.info("took over" if handed_over else "the other agent has gone")
 
     async def _hand_over(self, _query: Mapping[str, str]) -> dict[str, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from dataplane.addresses import parse_address
 from dataplane.errors import InputError
 
 DEFAULT_CONTROL = Path("/run/podgate/control.sock")
@@ -96,6 +98,35 @@ class MarkLayout:
         return cls(*bits)
 
 
+class BindAddress(NamedTuple):
+    """Where to listen: an IP address, or "" for all of this network namespace; and a port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> BindAddress | None:
+        """`:8162`, `127.0.0.1:8162` or `[::1]:8162`; None for the empty text and `0`. ValueError else."""
+        if text in ("", "0"):
+            return None
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        address = host[1:-1] if bracketed else host
+        try:
+            if (address or bracketed) and bracketed != (len(parse_address(address)) == 16):
+                raise ValueError
+            if not colon or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"{text!r}: write it as :8162, 127.0.0.1:8162 or [::1]:8162, or 0 to serve nothing"
+            ) from None
+        return cls(address, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     """Everything `podgate agent` can be told."""
@@ -115,6 +146,8 @@ class AgentConfig:
     veth_prefix: str = "eni"
     on_stop: OnStop = OnStop.AUTO
     control: Path = DEFAULT_CONTROL
+    metrics: BindAddress | None = None  # None: not served
+    health: BindAddress | None = None
     take_over: bool = False  # from an agent that runs here already, once all is ready to go on
     kubeconfig: str | None = None  # None: the pod's own credentials, else ~/.kube/config
     resolve: Resolve = Resolve.AUTO

@@ -80,6 +80,8 @@ class Enforcement:
         self.started = False  # the queues are ours; before that, rules found here are another agent's
         self.before_queues: Callable[[], Awaitable[None]] | None = None  # all is ready but the queues
         self.when_in_force: Callable[[], None] = lambda: None  # called each time a change has come into force
+        # Called with every new table, before it is published, and the seconds that making it took.
+        self.when_compiled: Callable[[RuleTable, float], None] = lambda _table, _seconds: None
         self.generation = 0  # of the table in force, its rules in the kernel too
         self._tables = 0  # how many were made
         # What blocks on the kernel or its tools runs here, one call after the other: a change that was
@@ -220,7 +222,9 @@ class Enforcement:
 
     def _publish(self, plan: Plan) -> RuleTable:
         self._tables += 1
+        started = time.monotonic()
         table = self.compiler.table(self._tables, plan.entries, plan.own_node)
+        self.when_compiled(table, time.monotonic() - started)
         self.publisher.publish(table)
         return table
 

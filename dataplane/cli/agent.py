@@ -15,6 +15,7 @@ from dataplane.cli.client import control_option
 from dataplane.config import (
     AgentConfig,
     Backend,
+    BindAddress,
     Fail,
     IptablesVariant,
     MarkLayout,
@@ -37,6 +38,18 @@ class _Address(click.ParamType[bytes]):
             return value
         try:
             return parse_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _BindAddress(click.ParamType[BindAddress | None]):
+    name = "[IP]:PORT"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> BindAddress | None:
+        try:
+            return BindAddress.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -163,6 +176,18 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     default=200,
     help="… and at the latest so long after the first one.",
 )
+@_option(
+    "--metrics-bind-addr",
+    type=_BindAddress(),
+    default=":8162",
+    help="Serve metrics for Prometheus there, at /metrics. 0: do not.",
+)
+@_option(
+    "--health-probe-bind-addr",
+    type=_BindAddress(),
+    default=":8163",
+    help="Answer probes there, at /healthz and /readyz. 0: do not.",
+)
 @_option("--verify-seconds", type=click.FloatRange(min=0.05), default=10.0, hidden=True)
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="PODGATE_LOG_FORMAT"
@@ -206,6 +231,8 @@ def command(log_format: str, **options: Any) -> None:
         veth_prefix=options["veth_prefix"],
         on_stop=OnStop(options["on_stop"]),
         control=options["control"],
+        metrics=options["metrics_bind_addr"],
+        health=options["health_probe_bind_addr"],
         take_over=options["take_over"],
         verify_seconds=options["verify_seconds"],
     )

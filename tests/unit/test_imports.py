@@ -19,6 +19,7 @@ FORBIDDEN = {
     "plan": {"sources", "observe", "lab", "cli", "agent", "enforcement", "answers"},
     "enforcement": {"sources", "lab", "cli", "agent", "answers"},
     "answers": {"sources", "lab", "cli", "agent"},
+    "telemetry": {"sources", "lab", "cli", "agent", "answers"},
 }
 # Modules that compute and must not touch the machine.
 PURE = ["policy", "plan.py", "model.py", "addresses.py", "reasons.py"]
