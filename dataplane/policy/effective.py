@@ -2,11 +2,8 @@
 
 Slices of one policy are joined by (`policyRef`, port group) first, because a slice may hold pods
 without rules or rules without pods; then the policies that select a pod are united. Nothing here
-looks at history: equal snapshots give equal results.
-
-Where Pod objects are known they are the truth about a pod's addresses and node; a PolicyEndpoint
-only says which policies select it. A PolicyEndpoint may lag behind: it can still name a pod that is
-gone, with an address that another pod has by now.
+looks at history: equal snapshots give equal results, and `Effective` remembers the last one only to
+look at what changed since.
 """
 
 from __future__ import annotations
@@ -14,29 +11,33 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from weakref import WeakKeyDictionary, ref
 
 from dataplane.model import Direction, Key, Pod, PolicyEndpoint, Rule, Snapshot
+from dataplane.policy.changes import differences
+from dataplane.policy.subjects import Group, Subjects, group_of
 
-# A policy, or the part of it that holds for one group of pods (see PolicyEndpoint.port_group).
-Group = tuple[Key, str | None]
+_SAMPLE = 8
 
-_NEVER = float("-inf")
-_SAMPLE = 64
+# (policy, rule), the rule numbered on over all slices of its group.
+Pairs = tuple[tuple[Key, Rule], ...]
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class DirectionRules:
     """All that one direction of an isolated pod allows: (policy, rule) sorted by policy and index.
 
-    Equal content compares and hashes equal. Within one result of `effective_rules` equal content is
-    the same object, so whatever is derived from it (a compiled table) can be shared by identity.
+    Equal content compares and hashes equal. Within one result of `effective_rules`, and from one result
+    of `Effective.update` to the next, equal content is the same object, so whatever is derived from it
+    (a compiled table) can be shared by identity.
     """
 
     rules: tuple[tuple[Key, Rule], ...]
     _hash: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # A sample tells rule sets apart well enough, and hashing 100,000 rules takes 100 ms.
+        # A few tell the rules of different policies apart, and hashing 100,000 takes 100 ms.
         step = max(1, len(self.rules) // _SAMPLE)
         object.__setattr__(self, "_hash", hash((len(self.rules), self.rules[::step])))
 
@@ -56,13 +57,15 @@ class PodRules:
     """What policies make of one pod. None: not isolated in that direction, everything may pass.
 
     `addresses` are packed and sorted, IPv4 first. It is empty when nothing usable is known, or when
-    every address has gone to a newer pod: the pod's isolation stands all the same.
+    every address has gone to a newer pod: the pod's isolation stands all the same. `object` is its Pod
+    object, where one is known.
     """
 
     pod: Key
     addresses: tuple[bytes, ...]
     ingress: DirectionRules | None
     egress: DirectionRules | None
+    object: Pod | None = field(default=None, repr=False)
 
     @property
     def isolated(self) -> bool:
@@ -76,27 +79,7 @@ def effective_rules(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> di
     `node_ips` are packed addresses; None means every node. The result is sorted by pod. hostNetwork
     pods are left out: their addresses are the node's.
     """
-    selected = _selected(snapshot, node_ips)
-    pods = selected.keys() | _live(snapshot, node_ips)
-    addresses = _addresses(snapshot, pods, node_ips)
-    joined = _join(snapshot, frozenset(group for groups in selected.values() for group in groups))
-    shared: dict[DirectionRules, DirectionRules] = {}
-    united: dict[tuple[frozenset[Group], Direction], DirectionRules | None] = {}
-
-    def unite(groups: frozenset[Group], direction: Direction) -> DirectionRules | None:
-        # Most pods of a node are selected by the same few policies: each set is united once.
-        if (groups, direction) not in united:
-            rules = _unite(groups, direction, joined)
-            united[groups, direction] = None if rules is None else shared.setdefault(rules, rules)
-        return united[groups, direction]
-
-    def rules_of(pod: Key) -> PodRules:
-        groups = frozenset(selected.get(pod, ()))
-        return PodRules(
-            pod, addresses[pod], unite(groups, Direction.INGRESS), unite(groups, Direction.EGRESS)
-        )
-
-    return {pod: rules_of(pod) for pod in sorted(pods)}
+    return Effective(node_ips).update(snapshot)
 
 
 def isolating_policies(snapshot: Snapshot) -> dict[Direction, dict[Key, tuple[Key, ...]]]:
@@ -106,148 +89,178 @@ def isolating_policies(snapshot: Snapshot) -> dict[Direction, dict[Key, tuple[Ke
     """
     isolates: defaultdict[Group, set[Direction]] = defaultdict(set)
     for slice_ in snapshot.policy_endpoints:
-        isolates[slice_.policy, slice_.port_group] |= slice_.isolates
+        isolates[group_of(slice_)] |= slice_.isolates
     same: dict[tuple[Key, ...], tuple[Key, ...]] = {}
     found: dict[Direction, dict[Key, tuple[Key, ...]]] = {direction: {} for direction in Direction}
-    for pod, groups in _selected(snapshot, None).items():
+    subjects = Subjects(None)
+    for pod in sorted(subjects.update(((), snapshot.policy_endpoints), ((), snapshot.pods))):
+        subject = subjects.find(pod)
+        groups = subject.groups if subject is not None else ()
         for direction, by_pod in found.items():
-            policies = tuple(
-                sorted({policy for policy, part in groups if direction in isolates[policy, part]})
-            )
+            policies = tuple(sorted({group[0] for group in groups if direction in isolates[group]}))
             if policies:
                 by_pod[pod] = same.setdefault(policies, policies)
     return found
 
 
 def changed_pods(old: Mapping[Key, PodRules], new: Mapping[Key, PodRules]) -> set[Key]:
-    """The pods that came, went, or have other addresses or rules in `new` than in `old`."""
-    return {pod for pod in old.keys() | new.keys() if old.get(pod) != new.get(pod)}
+    """The pods that came, went, or are different in `new` than in `old`."""
+    # From one update to the next what stayed is the same object: seldom is anything compared in full.
+    changed = {key for key, pod in new.items() if (was := old.get(key)) is not pod and was != pod}
+    return changed | (old.keys() - new.keys())
 
 
-def _selected(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> dict[Key, set[Group]]:
-    """Which policies select each pod of this node."""
-    objects = {pod.key: pod for pod in snapshot.pods}
-    selected: defaultdict[Key, set[Group]] = defaultdict(set)
-    for slice_ in snapshot.policy_endpoints:
-        group = (slice_.policy, slice_.port_group)
-        for pod, pod_ip, host_ip in slice_.endpoints:
-            known = objects.get(pod)
-            if known is not None and (known.finished or known.host_network):
-                continue
-            if _of_host(pod_ip, host_ip, node_ips):
-                continue
-            if node_ips is None or _is_local(known, host_ip, node_ips):
-                selected[pod].add(group)
-    return selected
+class Effective:
+    """The effective rules of one snapshot after another; an update costs what changed.
 
-
-def _live(snapshot: Snapshot, node_ips: frozenset[bytes] | None) -> set[Key]:
-    """The pods of this node that their Pod objects make known."""
-    return {
-        pod.key
-        for pod in snapshot.pods
-        if not pod.finished
-        and not pod.host_network
-        and (node_ips is None or not node_ips.isdisjoint(pod.host_ips))
-    }
-
-
-def _is_local(known: Pod | None, host_ip: bytes, node_ips: frozenset[bytes]) -> bool:
-    if known is not None and known.host_ips:
-        return not node_ips.isdisjoint(known.host_ips)
-    # An unreadable hostIP must not take the pod out of isolation on the node where it runs; on the
-    # other nodes no interface of that pod will be found.
-    return not host_ip or host_ip in node_ips
-
-
-def _of_host(pod_ip: bytes, host_ip: bytes, node_ips: frozenset[bytes] | None) -> bool:
-    """Whether the pod shares its node's address (hostNetwork): never a policy subject."""
-    if not pod_ip:
-        return False
-    # The node's second family shows in `node_ips` only: hostIP has one address.
-    return pod_ip == host_ip or (node_ips is not None and pod_ip in node_ips)
-
-
-def _addresses(
-    snapshot: Snapshot, pods: set[Key], node_ips: frozenset[bytes] | None
-) -> dict[Key, tuple[bytes, ...]]:
-    """The addresses that each of `pods` really has: an address belongs to the newest live claimant.
-
-    A live Pod object beats what a PolicyEndpoint says. Among Pod objects the newest counts, among
-    PolicyEndpoints the one whose change began last; ties fall to the greater name, so that the
-    result depends on content only.
+    What is equal in two results is the same object in both.
     """
-    objects = {pod.key: pod for pod in snapshot.pods}
-    claims: defaultdict[Key, set[bytes]] = defaultdict(set)
-    ranks: dict[bytes, tuple[bool, float, str, Key]] = {}
 
-    def claim(address: bytes, rank: tuple[bool, float, str, Key]) -> None:
-        claims[rank[3]].add(address)
-        if address not in ranks or ranks[address] < rank:
-            ranks[address] = rank
+    def __init__(self, node_ips: frozenset[bytes] | None) -> None:
+        self.node_ips = node_ips
+        self._snapshot = Snapshot()
+        self._subjects = Subjects(node_ips)
+        self._slices: dict[Group, tuple[PolicyEndpoint, ...]] = {}
+        self._groups: dict[Key, frozenset[Group]] = {}  # that select each pod of this node
+        self._selected: defaultdict[Group, set[Key]] = defaultdict(set)  # the same the other way round
+        self._joined: dict[Group, _Joined] = {}  # of groups that select a pod of this node
+        self._interned: WeakKeyDictionary[DirectionRules, ref[DirectionRules]] = WeakKeyDictionary()
+        self._pods: dict[Key, PodRules] = {}
 
-    for pod in snapshot.pods:
-        if not pod.finished and not pod.host_network:
-            since = _NEVER if pod.created_at is None else pod.created_at
-            for address in pod.ips:
-                claim(address, (True, since, pod.uid, pod.key))
-    for slice_ in snapshot.policy_endpoints:
-        since = _NEVER if slice_.changed_at is None else slice_.changed_at
-        for key, pod_ip, host_ip in slice_.endpoints:
-            known = objects.get(key)
-            if known is not None and (known.finished or known.host_network or known.ips):
-                continue
-            if pod_ip and not _of_host(pod_ip, host_ip, node_ips):
-                claim(pod_ip, (False, since, "", key))
-    return {
-        pod: tuple(
-            sorted(
-                (address for address in claims.get(pod, ()) if ranks[address][3] == pod),
-                key=lambda address: (len(address), address),
-            )
+    @property
+    def policies(self) -> int:
+        """How many policies there are, on whatever node their pods run."""
+        return len({policy for policy, _ in self._slices})
+
+    def update(self, snapshot: Snapshot) -> dict[Key, PodRules]:
+        """What `effective_rules` says of `snapshot`: the very result of the last time if nothing changed."""
+        slices = differences(self._snapshot.policy_endpoints, snapshot.policy_endpoints)
+        pods = differences(self._snapshot.pods, snapshot.pods)
+        self._snapshot = snapshot
+        changed = self._subjects.update(slices, pods)
+        for group in self._take_slices(*slices):
+            changed |= self._selected.get(group, set())
+        united: dict[tuple[frozenset[Group], Direction], DirectionRules | None] = {}
+        news: dict[Key, PodRules | None] = {}
+        for key in changed:
+            pod = self._pod(key, united)
+            if pod != self._pods.get(key):
+                news[key] = pod
+        if news:
+            self._pods = _amended(self._pods, news)
+        return self._pods
+
+    def _take_slices(self, gone: Iterable[PolicyEndpoint], come: Iterable[PolicyEndpoint]) -> set[Group]:
+        """The groups whose slices changed."""
+        changed: set[Group] = set()
+        for slice_ in gone:
+            group = group_of(slice_)
+            changed.add(group)
+            self._slices[group] = tuple([each for each in self._slices[group] if each is not slice_])
+        for slice_ in come:
+            group = group_of(slice_)
+            changed.add(group)
+            self._slices[group] = (*self._slices.get(group, ()), slice_)
+        for group in changed:
+            if not self._slices[group]:
+                del self._slices[group]
+        return changed
+
+    def _pod(
+        self, key: Key, united: dict[tuple[frozenset[Group], Direction], DirectionRules | None]
+    ) -> PodRules | None:
+        """What holds for one pod now; None when it is not of this node. `united`: what this update made."""
+        subject = self._subjects.find(key)
+        self._select(key, subject.groups if subject is not None else frozenset())
+        if subject is None:
+            return None
+        for direction in Direction:
+            # Most pods of a node are selected by the same few policies: each set is united once.
+            if (subject.groups, direction) not in united:
+                united[subject.groups, direction] = self._unite(subject.groups, direction)
+        return PodRules(
+            key,
+            subject.addresses,
+            united[subject.groups, Direction.INGRESS],
+            united[subject.groups, Direction.EGRESS],
+            subject.object,
         )
-        for pod in pods
-    }
+
+    def _select(self, key: Key, groups: frozenset[Group]) -> None:
+        before = self._groups.pop(key, frozenset())
+        if groups:
+            self._groups[key] = groups
+        for group in groups - before:
+            self._selected[group].add(key)
+        for group in before - groups:
+            selected = self._selected[group]
+            selected.remove(key)
+            if not selected:
+                del self._selected[group]
+                self._joined.pop(group, None)
+
+    def _unite(self, groups: frozenset[Group], direction: Direction) -> DirectionRules | None:
+        # Rules for a direction that their own policy does not isolate mean nothing (policyTypes of a
+        # NetworkPolicy): they must not open what another policy closes.
+        isolating = [group for group in groups if direction in self._join(group).isolates]
+        if not isolating:
+            return None
+        isolating.sort(key=lambda group: (group[0], group[1] or ""))
+        rules = DirectionRules(
+            tuple(chain.from_iterable(self._join(group).rules[direction] for group in isolating))
+        )
+        known = self._interned.get(rules)
+        same = known() if known is not None else None
+        if same is None:
+            self._interned[rules] = ref(rules)
+            return rules
+        return same
+
+    def _join(self, group: Group) -> _Joined:
+        joined, slices = self._joined.get(group), self._slices[group]
+        if joined is None or joined.slices is not slices:
+            joined = self._joined[group] = _Joined(slices, joined)
+        return joined
 
 
-@dataclass(slots=True)
 class _Joined:
-    """All slices of one group together."""
+    """All slices of one group together: what they isolate, and their rules, numbered on.
 
-    isolates: set[Direction] = field(default_factory=set)
-    rules: dict[Direction, list[Rule]] = field(default_factory=lambda: {d: [] for d in Direction})
+    `earlier`: the same group before it changed.
+    """
+
+    def __init__(self, slices: tuple[PolicyEndpoint, ...], earlier: _Joined | None) -> None:
+        self.slices = slices
+        self.isolates = frozenset().union(*(slice_.isolates for slice_ in slices))
+        self.rules: dict[Direction, Pairs] = {}
+        # By the slice's identity (`slices` keeps it alive) and the number at which its rules begin.
+        self._pieces: dict[tuple[Direction, int, int], Pairs] = {}
+        known = earlier._pieces if earlier is not None else {}
+        ordered = sorted(slices, key=lambda slice_: slice_.key)
+        for direction in Direction:
+            pieces: list[Pairs] = []
+            first = 0
+            for slice_ in ordered:
+                rules = slice_.ingress if direction is Direction.INGRESS else slice_.egress
+                if rules:
+                    place = (direction, id(slice_), first)
+                    piece = self._pieces[place] = known.get(place) or _number(slice_.policy, rules, first)
+                    pieces.append(piece)
+                    first += rules[-1].index + 1
+            self.rules[direction] = tuple(chain.from_iterable(pieces))
 
 
-def _join(snapshot: Snapshot, groups: frozenset[Group]) -> dict[Group, _Joined]:
-    slices: defaultdict[Group, list[PolicyEndpoint]] = defaultdict(list)
-    for slice_ in snapshot.policy_endpoints:
-        if (group := (slice_.policy, slice_.port_group)) in groups:
-            slices[group].append(slice_)
-    joined: dict[Group, _Joined] = {}
-    for group, members in slices.items():
-        whole = joined[group] = _Joined()
-        for slice_ in sorted(members, key=lambda member: member.key):
-            whole.isolates |= slice_.isolates
-            _append(whole.rules[Direction.INGRESS], slice_.ingress)
-            _append(whole.rules[Direction.EGRESS], slice_.egress)
-    return joined
+def _number(policy: Key, rules: Iterable[Rule], first: int) -> Pairs:
+    """A slice's rules carry their place in the slice; here it becomes their place in the group."""
+    return tuple([(policy, replace(rule, index=first + rule.index) if first else rule) for rule in rules])
 
 
-def _append(rules: list[Rule], more: Iterable[Rule]) -> None:
-    """Number on: a slice's rules carry their place in the slice."""
-    offset = rules[-1].index + 1 if rules else 0
-    rules += (replace(rule, index=offset + rule.index) for rule in more) if offset else more
-
-
-def _unite(
-    groups: frozenset[Group], direction: Direction, joined: Mapping[Group, _Joined]
-) -> DirectionRules | None:
-    isolating = [group for group in groups if direction in joined[group].isolates]
-    if not isolating:
-        return None
-    # Rules for a direction that their own policy does not isolate mean nothing (policyTypes of a
-    # NetworkPolicy): they must not open what another policy closes.
-    isolating.sort(key=lambda group: (group[0], group[1] or ""))
-    pairs = [(policy, rule) for policy, part in isolating for rule in joined[policy, part].rules[direction]]
-    pairs.sort(key=lambda pair: (pair[0], pair[1].index))
-    return DirectionRules(tuple(pairs))
+def _amended(pods: dict[Key, PodRules], news: Mapping[Key, PodRules | None]) -> dict[Key, PodRules]:
+    """`pods` with `news` (None: gone), sorted."""
+    amended = {**pods, **{key: pod for key, pod in news.items() if pod is not None}}
+    for key, pod in news.items():
+        if pod is None:
+            del amended[key]
+    if amended.keys() == pods.keys():
+        return amended
+    return {key: amended[key] for key in sorted(amended)}

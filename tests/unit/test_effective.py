@@ -275,7 +275,8 @@ def test_pods_that_no_policy_selects_are_known_by_their_objects() -> None:
         live(Key("x", "e"), NODE, host_network=True),
     )
     result = effective_rules(objects, HERE)
-    assert result[B] == PodRules(B, (address("10.0.0.2"), address("2001:db8::2")), None, None)
+    ips = (address("10.0.0.2"), address("2001:db8::2"))
+    assert result[B] == PodRules(B, ips, None, None, live(B, "10.0.0.2", "2001:db8::2"))
     assert [(pod, rules.isolated) for pod, rules in result.items()] == [(A, True), (B, False)]
     assert list(effective_rules(objects, None)) == [A, B, C]
 
