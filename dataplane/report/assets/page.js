@@ -6,7 +6,7 @@
   const make = (tag, attributes = {}, ...children) => {
     const element = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+    element.append(...children.filter((child) => child !== null));
     return element;
   };
   const stop = (text) => document.body.replaceChildren(make("p", { class: "stop" }, text));
@@ -204,7 +204,7 @@
 
   function roomForMap() {
     const panel = $("panel"), style = getComputedStyle($("main"));
-    const aside = panel.hidden || style.flexDirection === "column" ? 0 : panel.offsetWidth + parseFloat(style.columnGap);
+    const aside = panel.hidden || style.flexDirection === "column" ? 0 : parseFloat(getComputedStyle(panel).minWidth) + parseFloat(style.columnGap);
     const width = $("main").clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - aside;
     return { width, height: $("main").clientHeight - parseFloat(style.paddingBottom) };
   }
@@ -318,7 +318,7 @@
       c.stroke();
       c.globalAlpha = 1;
     }
-    for (const [spot, colour, dashed] of [[view.hover, colours.hover, true], [view.cursor, colours.accent, false]]) {
+    for (const [spot, colour, dashed] of [[view.hover, colours.hover, true], [view.cursor, colours.ink, false]]) {
       if (!spot) continue;
       const x = left + spot.column * cell - sx, y = top + spot.row * cell - sy, size = Math.max(cell, 5);
       if (dashed) {
@@ -328,7 +328,7 @@
         c.fillRect(x - (size - cell) / 2, top, size, bottom - top);
         c.globalAlpha = 1;
       }
-      c.lineWidth = dashed ? 1.5 : 3;
+      c.lineWidth = dashed ? 1.5 : 5;
       c.strokeStyle = dashed ? colour : colours.card;
       c.strokeRect(x - (size - cell) / 2 - 1, y - (size - cell) / 2 - 1, size + 3, size + 3);
       if (!dashed) {
@@ -632,15 +632,17 @@
       make("h3", {}, make("span", {}, side === "egress" ? "Egress of " : "Ingress of ", named(fullName(own))),
         make("span", { class: "word" }, word)),
       make("p", { class: "reason" }, data.reasons[side][reason]));
+    const list = make("dl");
     if (policy >= 0) {
       const place = answer === null ? null : make("code", {}, texts[answer]);
-      box.append(make("dl", {}, make("dt", {}, "Decided by"), make("dd", { class: "by" }, named(policies[policy]), " ", place),
-        make("dt", {}, "which opens"), make("dd", { class: "opens" }, texts[rule])));
+      list.append(make("dt", {}, "Decided by"), make("dd", { class: "by" }, named(policies[policy]), " ", place),
+        make("dt", {}, "which opens"), make("dd", { class: "opens" }, texts[rule]));
     }
     if (isolating.length) {
-      box.append(make("dl", {}, make("dt", {}, "Isolated by"),
-        make("dd", { class: "isolating" }, ...listed(isolating.map((each) => policies[each]), 8))));
+      list.append(make("dt", {}, "Isolated by"),
+        make("dd", { class: "isolating" }, ...listed(isolating.map((each) => policies[each]), 8)));
     }
+    if (list.childElementCount) box.append(list);
     if (!allow) box.append(...misses(side, answer, own, other));
     return box;
   }
@@ -689,10 +691,12 @@
       return part;
     }
     part.append(end("egress", port, source, destination), end("ingress", port, source, destination));
-    const command = `${data.command} --from ${argument(source)} --to ${argument(destination)} --port ${ports[port]} --family ${data.family}`;
+    const asked = [data.command, `--from ${argument(source)}`, `--to ${argument(destination)}`, `--port ${ports[port]}`, `--family ${data.family}`];
+    const command = asked.join(" ");
+    const shown = asked.flatMap((text) => [" ", make("span", {}, text)]).slice(1);
     const copy = make("button", { type: "button", class: "copy small" }, "Copy");
     copy.addEventListener("click", () => copyText(command, copy));
-    part.append(make("p", { class: "soft small asked" }, "Ask again, in a terminal: ", copy), make("pre", { class: "command" }, command));
+    part.append(make("p", { class: "soft small asked" }, "Ask again, in a terminal: ", copy), make("pre", { class: "command" }, ...shown));
     return part;
   }
 
@@ -737,7 +741,7 @@
     panel.hidden = false;
     panel.scrollTop = 0;
     $("tip").hidden = true;
-    if (hidden) resized();
+    if (hidden) layout();
     $("here").textContent = tell({ row: view.rows.indexOf(source), column: view.columns.indexOf(destination) });
     if (view.cursor) reveal(view.cursor);
     later();
@@ -746,7 +750,7 @@
     if ($("panel").hidden) return;
     $("panel").hidden = true;
     view.open = null;
-    resized();
+    layout();
     map.focus({ preventScroll: true });
   }
 
