@@ -256,6 +256,8 @@
       canvas.height = Math.round(h * ratio);
       canvas.style.width = `${w}px`;
       canvas.style.height = `${h}px`;
+      // While it was larger than the frame it kept scroll bars there, which are gone now.
+      if (map.clientWidth !== w || map.clientHeight !== h) { later(); return; }
     }
     const c = context, { cell, left, top, rows, columns } = view;
     c.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -339,6 +341,8 @@
     }
     c.restore();
     headers(firstRow, lastRow, firstColumn, lastColumn, w, h, sx, sy);
+    // Where cells are, for whoever drives the page by a program.
+    Object.assign(map.dataset, { left, top, cell, port: view.port === ALL ? "all" : ports[view.port] });
     document.body.dataset.drawn = `${rows.length}x${columns.length}`;
   }
 
