@@ -251,6 +251,8 @@ def test_the_command_it_shows_gives_the_same_answer(browser: Browser, shop: Path
     )
     assert done.returncode == 0, done.stderr
     assert "inside its except 203.0.113.64/26" in done.stdout
+    browser.find("#panel .copy").click()
+    browser.until("return document.querySelector('#panel .copy').textContent === 'Copied'")
 
 
 def test_it_works_by_keyboard_alone(browser: Browser, shop: Path) -> None:

@@ -741,11 +741,10 @@
     // A pair that is not judged, or a pod with itself, is so on every port.
     const once = stateAt(source, destination) === SELF || stateAt(source, destination) === UNJUDGED;
     for (const port of once ? shown.slice(0, 1) : shown) panel.append(onePort(port, source, destination));
-    const hidden = panel.hidden;
     panel.hidden = false;
     panel.scrollTop = 0;
     $("tip").hidden = true;
-    if (hidden) layout();
+    layout();
     $("here").textContent = tell({ row: view.rows.indexOf(source), column: view.columns.indexOf(destination) });
     if (view.cursor) reveal(view.cursor);
     later();
