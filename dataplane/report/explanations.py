@@ -3,7 +3,8 @@
 Most pods are of the same few workloads, so most cells have the same explanation. Pods that share their
 policies and peers that these policies cannot tell apart are asked about once (`policy.why`); a cell then
 holds the number of an answer. What remains may still be too much where every pod is selected by policies
-of its own: then the explanations that serve most pods are kept.
+of its own. Then what is allowed comes first, and of what is denied the nearest misses: an end that takes
+the same peer on another port. The rest follows as far as it goes, what serves most pods first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataplane.policy.why import About, Candidate, Whys
 from dataplane.reachability import EndVerdict, Place, Reachability
 from dataplane.reasons import Reason
 
-QUESTIONS = 120_000  # asked for one page: some seconds of work and a few megabytes
+QUESTIONS = 30_000  # asked for one page: some seconds of work and a few megabytes
 NONE = 0  # no answer: there is nothing to explain, or it was too much
 _BLOCKS = 64  # of one set of policies; with more, peers are told apart by their addresses
 
@@ -56,7 +57,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Explanations:
-    """What a page tells of its cells. `left_out`: how many questions were too many for it.
+    """What a page tells of its cells.
 
     `answers`: None at NONE; for an allowed end the number of a text, the place of the rule; for a denied
     one `[candidates, more]`, indices of `candidates` and numbers of texts. `candidates`: policy (an index
@@ -67,7 +68,6 @@ class Explanations:
     sides: Mapping[Direction, Side]
     answers: Sequence[Any]
     candidates: Sequence[tuple[int, int, int, int]]
-    left_out: int
 
 
 def explanations(
@@ -78,26 +78,35 @@ def explanations(
     `known`: the objects as they were read; `resolved`: the same with every PolicyEndpoint in force, what
     `reach` was made from. `policies` numbers all policies; new texts go to `texts`.
     """
-    asking = _Asking(Whys(known, resolved), reach, policies, texts)
-    places = _Places(reach.places, known, asking.whys)
-    subjects: list[tuple[Direction, int, _Subject]] = []
+    whys = Whys(known, resolved)
+    asking = _Asking(whys, reach, policies, texts)
+    places = _Places(reach.places, known, whys)
+    nothing = array("I", bytes(4 * len(places.all)))
     sides: dict[Direction, Side] = {}
+    pending: list[_Pending] = []
     for direction in Direction:
-        of, found = _subjects(direction, places, asking.whys)
-        nothing = array("I", bytes(4 * len(places.all)))
-        sides[direction] = Side(of, {port: [nothing] * len(found) for port in reach.ports})
-        subjects += [(direction, index, subject) for index, subject in enumerate(found)]
-    # If it is too much, what is left out should concern few pods.
-    subjects.sort(key=lambda each: -each[2].pods)
-    for direction, index, subject in subjects:
-        if subject.pod is None:
-            continue
-        numbers = places.told_apart(subject)
+        of, subjects = _subjects(direction, places, whys)
         verdicts = reach.egress if direction is Direction.EGRESS else reach.ingress
-        for port, lines in sides[direction].lines.items():
-            line = verdicts[port].lines[verdicts[port].of[subject.place]]
-            lines[index] = asking.line(subject.pod, direction, port, numbers, line)  # type: ignore[index]
-    return Explanations(sides, asking.answers, asking.candidates, asking.left_out)
+        lines = {port: [nothing] * len(subjects) for port in reach.ports}
+        for index, subject in enumerate(subjects):
+            if subject.pod is not None:
+                said = {port: each.lines[each.of[subject.place]] for port, each in verdicts.items()}
+                answers: dict[str, array[int]] = {}
+                for port, line in lines.items():
+                    line[index] = answers[port] = nothing[:]
+                pending.append(_Pending(subject, subject.pod, direction, said, answers))
+        sides[direction] = Side(of, lines)
+    # If it is too much, what is left out should concern few pods.
+    pending.sort(key=lambda each: -each.subject.pods)
+    for choose in (asking.allowed, asking.near, asking.denied):
+        # Of near misses every subject gets its share: the first ones might have enough for all.
+        most = -(-asking.left // max(1, len(pending) * len(reach.ports)))
+        share = most if choose == asking.near else None
+        for asked in pending:
+            for port in reach.ports:
+                if asking.left:
+                    asking.answer(asked, port, choose(asked, port), places, share)
+    return Explanations(sides, asking.answers, asking.candidates)
 
 
 class _Sight:
@@ -118,7 +127,7 @@ class _Sight:
         self.own_ports = named and ingress  # named ports are looked up on the destination
         self._peer_ports = named and not ingress
         self._namespaces = namespaces
-        self._selectors = [peer for peer in peers if isinstance(peer, PodPeer)]
+        self.selectors = [peer for peer in peers if isinstance(peer, PodPeer)]
         blocks = [peer for peer in peers if isinstance(peer, IPBlock)]
         self._prefixes: list[Prefix] | None = None
         if len(blocks) <= _BLOCKS:
@@ -132,14 +141,25 @@ class _Sight:
         if names is None:
             # Of a pod whose namespace it does not mean, a selector does not look at the labels.
             labels = self._namespaces.get(namespace, {})
-            met = [peer for peer in self._selectors if matches(peer.namespaces, labels)]
+            met = [peer for peer in self.selectors if matches(peer.namespaces, labels)]
             names = tuple(sorted({each.key for peer in met for each in peer.pods.requirements}))
             self._labels[namespace] = names
         return (
             namespace,
             tuple([pod.labels.get(name) for name in names]),
-            pod.ports if self._peer_ports else (),
             pod.host_network,
+            self.beside_selectors(pod, address),
+        )
+
+    @property
+    def selects_only(self) -> bool:
+        """Whether nothing but selectors tells two peers apart, where these match the same."""
+        return not self._peer_ports and self._prefixes == []
+
+    def beside_selectors(self, pod: Pod, address: bytes) -> Hashable:
+        """What they look at when all selectors match: named ports and the address."""
+        return (
+            pod.ports if self._peer_ports else (),
             address
             if self._prefixes is None
             else tuple([number for number, prefix in enumerate(self._prefixes) if address in prefix]),
@@ -160,6 +180,22 @@ class _Subject:
     sight: _Sight | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """What is asked of one subject, whose policies are those of `pod`, by port.
+
+    `said`: the verdict about every place; `answers`: the answer, NONE until it is asked for; `known`: the
+    answers so far, by how the place looks and by what is said of it.
+    """
+
+    subject: _Subject
+    pod: Key
+    direction: Direction
+    said: Mapping[str, Sequence[int]]
+    answers: Mapping[str, array[int]]
+    known: dict[tuple[str, Hashable, Hashable], int] = field(default_factory=dict)
+
+
 class _Places:
     """The rows and columns, and how policies tell them apart."""
 
@@ -177,7 +213,9 @@ class _Places:
             pod = self.objects.get(place.pod) if place.pod else None
             self._alone.append(pod if pod is not None and whys.holders(place.address) == [pod] else None)
         self._sights: dict[tuple[Direction, tuple[Key, ...]], _Sight | None] = {}
-        self._numbers: dict[int, list[int]] = {}
+        self._numbers: dict[int, tuple[dict[int, int], dict[Hashable, int]]] = {}
+        self._met: dict[int, list[Hashable]] = {}
+        self._selected: dict[PodPeer, list[int]] = {}
 
     def sight(self, direction: Direction, policies: tuple[Key, ...]) -> _Sight | None:
         """What these policies see; None where one of them is known as PolicyEndpoints."""
@@ -188,17 +226,47 @@ class _Places:
             self._sights[direction, policies] = sight
         return self._sights[direction, policies]
 
-    def told_apart(self, subject: _Subject) -> list[int]:
-        """A number for every place, equal where the subject's policies see no difference."""
-        sight = subject.sight
+    def told_apart(self, sight: _Sight | None, index: int) -> int:
+        """A number for a place, equal where policies see no difference, whatever they say of it."""
         if sight is None:
-            return list(range(len(self.all)))
-        found = self._numbers.get(id(sight))
+            return index
+        numbers, keys = self._numbers.setdefault(id(sight), ({}, {}))
+        number = numbers.get(index)
+        if number is None:
+            pod, address = self._alone[index], self.all[index].address
+            number = keys.setdefault(sight.key(pod, address) if pod else address, len(keys))
+            numbers[index] = number
+        return number
+
+    def let_in(self, sight: _Sight | None, index: int) -> Hashable:
+        """Equal for places that the same rules allow, whatever labels these saw."""
+        if sight is None:
+            return index
+        if id(sight) not in self._met:
+            bits = [0] * len(self.all)
+            for number, peer in enumerate(sight.selectors):
+                for each in self._members(peer):
+                    bits[each] |= 1 << number
+            found: list[Hashable] = list(bits)
+            for each, pod in enumerate(self._alone):
+                if pod is None:
+                    found[each] = self.all[each].address
+                elif not sight.selects_only:
+                    found[each] = bits[each], sight.beside_selectors(pod, self.all[each].address)
+            self._met[id(sight)] = found
+        return self._met[id(sight)][index]
+
+    def _members(self, peer: PodPeer) -> list[int]:
+        """The places that a selector means."""
+        found = self._selected.get(peer)
         if found is None:
-            keys: dict[Hashable, int] = {}
-            found = self._numbers[id(sight)] = [
-                keys.setdefault(sight.key(pod, place.address) if pod else place.address, len(keys))
-                for place, pod in zip(self.all, self._alone, strict=True)
+            none: Mapping[str, str] = {}
+            found = self._selected[peer] = [
+                index
+                for index, pod in enumerate(self._alone)
+                if pod is not None
+                and matches(peer.pods, pod.labels)
+                and matches(peer.namespaces, self._namespaces.get(pod.key.namespace, none))
             ]
         return found
 
@@ -239,7 +307,6 @@ class _Asking:
         self.whys = whys
         self.answers: list[Any] = [None]
         self.candidates: list[tuple[int, int, int, int]] = []
-        self.left_out = 0
         self._places = reach.places
         self._verdicts = reach.verdicts
         self._policies = policies
@@ -258,25 +325,56 @@ class _Asking:
             for port, each in wanted.items()
         }
 
-    def line(
-        self, pod: Key, direction: Direction, port: str, numbers: Sequence[int], line: Sequence[int]
-    ) -> array[int]:
-        """The answers about one pod's end and every place, from its verdicts and from who is alike."""
-        cells = list(zip(numbers, map(self._kinds.__getitem__, line), strict=True))
-        # The last of those alike speaks for all of them.
-        others = dict(zip(cells, range(len(cells)), strict=True))
-        found = {
-            cell: self._answer(pod, direction, port, self._verdicts[line[other]], self._places[other])
-            for cell, other in others.items()
-        }
-        return array("I", map(found.__getitem__, cells))
+    @property
+    def left(self) -> int:
+        """Questions that may still be asked."""
+        return QUESTIONS - self._asked
 
-    def _answer(self, pod: Key, direction: Direction, port: str, verdict: EndVerdict, other: Place) -> int:
-        if verdict.reason not in (Reason.POLICY_RULE, Reason.NO_RULE):
-            return NONE
-        if self._asked >= QUESTIONS:
-            self.left_out += 1
-            return NONE
+    def allowed(self, pending: _Pending, port: str) -> list[int]:
+        """The places that a rule allows."""
+        kinds = self._kinds
+        return [index for index, said in enumerate(pending.said[port]) if isinstance(kinds[said], Key)]
+
+    def near(self, pending: _Pending, port: str) -> list[int]:
+        """The places that are denied, but that a rule allows on another of the ports."""
+        kinds, said = self._kinds, pending.said[port]
+        others = {index for other in pending.said if other != port for index in self.allowed(pending, other)}
+        return sorted(index for index in others if kinds[said[index]] is True)
+
+    def denied(self, pending: _Pending, port: str) -> list[int]:
+        """The places that are denied."""
+        kinds = self._kinds
+        return [index for index, said in enumerate(pending.said[port]) if kinds[said] is True]
+
+    def answer(
+        self, pending: _Pending, port: str, others: Sequence[int], places: _Places, share: int | None
+    ) -> None:
+        """Answer about these places, as far as it goes: with `share` new questions at most."""
+        said, answers, known = pending.said[port], pending.answers[port], pending.known
+        subject, kinds = pending.subject, self._kinds
+        left = self.left if share is None else min(share, self.left)
+        itself = subject.place if subject.pods == 1 else -1
+        for other in others:
+            if answers[other] != NONE or other == itself:
+                continue
+            kind = kinds[said[other]]
+            alike: Hashable
+            if kind is True:
+                alike = places.told_apart(subject.sight, other)
+            else:
+                alike = places.let_in(subject.sight, other)
+            key = (port, alike, kind)
+            number = known.get(key)
+            if number is None:
+                if not left:
+                    break  # most of those alike stand together: they are done
+                left -= 1
+                verdict = self._verdicts[said[other]]
+                number = self._ask(pending.pod, pending.direction, port, verdict, self._places[other])
+                known[key] = number
+            answers[other] = number
+
+    def _ask(self, pod: Key, direction: Direction, port: str, verdict: EndVerdict, other: Place) -> int:
         self._asked += 1
         question = (pod, direction, other.address, *self._packets[port])
         answer: Any

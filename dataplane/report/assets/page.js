@@ -661,7 +661,7 @@
   function misses(side, answer, own, other) {
     if (answer === null) {
       return [make("p", { class: "soft small unexplained" },
-        "Why each rule did not match is too much for one page of this many pods: the command below says it.")];
+        "With so many different policies the page explains the nearest misses only. The command below says why each rule did not match here.")];
     }
     const subject = (about) => ["", `${fullName(other)} `, `${places[other].a} `, `${fullName(own)} `][about];
     const list = make("ul", { class: "rules" });
