@@ -8,21 +8,26 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 # Tests at a time; PYTEST_ARGS are further options for pytest.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: run test setup kube-apiserver lint types bench micro sanitize wheel clean help
+.PHONY: run test setup setup-test kube-apiserver lint types bench micro sanitize wheel picture clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make bench  whole-path benchmarks with their baselines (several minutes)"
 	@echo "make sanitize  packet, rule and netlink code under address and undefined-behaviour sanitizers"
 	@echo "make wheel  the wheel, in dist/"
+	@echo "make picture  draws docs/matrix.png anew, in a browser"
 
 setup:
 	@.ci/setup
 
+# A browser too, which nothing but its tests should wait for.
+setup-test:
+	@.ci/setup test
+
 run: setup
 	@$(BIN)/podgate lab demo
 
-test: kube-apiserver lint types
+test: setup-test kube-apiserver lint types
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # For the tests against a real one; built in the background, where there is Go.
@@ -49,6 +54,9 @@ sanitize: setup
 
 wheel: setup
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+picture: setup-test
+	@$(BIN)/python tests/browser/picture.py
 
 clean:
 	rm -rf build dist *.egg-info .venv dataplane/*.so ext/dataplane/*.c
