@@ -21,9 +21,10 @@ two objects, not all that follow.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 from zlib import crc32
 
@@ -44,6 +45,7 @@ from dataplane.model import (
     Service,
     Snapshot,
 )
+from dataplane.policy.changes import differences
 from dataplane.policy.normalize import NAME_LABEL, NamedPort, NormalPolicy, NormalRule, PodPeer, normalize
 from dataplane.policy.selectors import LabelIndex, matches, narrowest
 
@@ -57,6 +59,7 @@ _GENERATED_BASE = 53  # characters of the policy's name that a generated name ke
 _NEVER = float("-inf")
 
 _T = TypeVar("_T")
+_KEY = attrgetter("key")
 
 # A rule without its place in the list.
 Entry = tuple[Prefix, tuple[Prefix, ...], tuple[PortRange, ...]]
@@ -94,8 +97,9 @@ def in_force(snapshot: Snapshot, resolver: Resolver | None = None) -> Snapshot:
     made = (resolver or Resolver()).update(snapshot)
     if not made:
         return snapshot
-    merged = sorted((*snapshot.policy_endpoints, *made), key=lambda endpoint: endpoint.key)
-    return replace(snapshot, policy_endpoints=tuple(merged))
+    if snapshot.policy_endpoints:
+        made = tuple(sorted((*snapshot.policy_endpoints, *made), key=_KEY))
+    return replace(snapshot, policy_endpoints=made)
 
 
 @dataclass(eq=False, slots=True)
@@ -182,7 +186,8 @@ class Resolver:
         self._services: tuple[Service, ...] = ()
         self._services_of: defaultdict[str, list[Service]] = defaultdict(list)
         self._known: tuple[Pod, ...] = ()
-        self._ids: set[int] = set()  # of `_known`
+        self._given: tuple[PolicyEndpoint, ...] = ()
+        self._slices_given: Counter[Key] = Counter()  # how many PolicyEndpoints there are, by policy
         self._pods: dict[Key, Pod] = {}
         self._claims: defaultdict[bytes, set[Key]] = defaultdict(set)
         self._views: dict[Key, View] = {}
@@ -197,7 +202,9 @@ class Resolver:
 
     def update(self, snapshot: Snapshot) -> tuple[PolicyEndpoint, ...]:
         """The PolicyEndpoints of the NetworkPolicies in `snapshot` that have none there, sorted by key."""
-        come, gone = self._compare(snapshot.pods)
+        if not snapshot.network_policies and not self._policies:
+            return ()  # what else changed counts from the first policy on
+        gone, come = differences(self._known, snapshot.pods)
         # A namespace that nothing is in any more may stay: no selector finds anything there.
         if (
             snapshot.namespaces != self._namespace_objects
@@ -205,17 +212,20 @@ class Resolver:
             or not self._namespaces.keys() >= _used_namespaces(come, snapshot.network_policies)
         ):
             self._forget()
-            come, gone = self._compare(snapshot.pods)
+            gone, come = [], list(snapshot.pods)
             self._namespaces = namespace_labels(snapshot)
             self._namespace_objects = snapshot.namespaces
             self._services = snapshot.services
             for service in snapshot.services:
                 if service.selector and service.cluster_ips:
                     self._services_of[service.key.namespace].append(service)
-        given = {endpoint.policy for endpoint in snapshot.policy_endpoints}
-        policies = {policy.key: policy for policy in snapshot.network_policies if policy.key not in given}
+        self._known = snapshot.pods
+        self._count_given(snapshot.policy_endpoints)
+        policies = {
+            policy.key: policy for policy in snapshot.network_policies if policy.key not in self._slices_given
+        }
         dirty: set[Key] = set()
-        for changed in self._take_pods(come, gone):
+        for changed in self._take_pods(gone, come):
             dirty |= self._spread(*changed)
         for key in self._policies.keys() - policies.keys():
             self._forget_unused(self._release(key))
@@ -231,24 +241,21 @@ class Resolver:
             self._made[key] = self._resolve(self._normal[key])
             self._forget_unused(before)
         made = [endpoint for endpoints in self._made.values() for endpoint in endpoints]
-        made.sort(key=lambda endpoint: endpoint.key)
+        made.sort(key=_KEY)
         return tuple(made)
+
+    def _count_given(self, endpoints: tuple[PolicyEndpoint, ...]) -> None:
+        gone, come = differences(self._given, endpoints)
+        self._given = endpoints
+        self._slices_given.update([endpoint.policy for endpoint in come])
+        for endpoint in gone:
+            self._slices_given[endpoint.policy] -= 1
+            if not self._slices_given[endpoint.policy]:
+                del self._slices_given[endpoint.policy]
 
     # --- pods -----------------------------------------------------------------------------------------
 
-    def _compare(self, pods: tuple[Pod, ...]) -> tuple[list[Pod], list[Pod]]:
-        """The pods that are new or different now, and those that are gone or were different."""
-        # What stays is most often the very same object. Comparing identities first keeps the look at
-        # thousands of pods under a millisecond; both tuples are alive, so identities are unique.
-        old_ids, ids = self._ids, set(map(id, pods))
-        come = [pod for pod in pods if id(pod) not in old_ids]
-        gone = (
-            [pod for pod in self._known if id(pod) not in ids] if len(pods) - len(come) < len(old_ids) else []
-        )
-        self._known, self._ids = pods, ids
-        return come, gone
-
-    def _take_pods(self, come: list[Pod], gone: list[Pod]) -> list[tuple[View | None, View | None]]:
+    def _take_pods(self, gone: list[Pod], come: list[Pod]) -> list[tuple[View | None, View | None]]:
         """Take up changes of pods; what each changed one looked like, and looks like."""
         affected: set[Key] = set()  # whose view may change
         touched: set[bytes] = set()  # addresses whose claimants changed
