@@ -95,8 +95,13 @@ cdef struct piece_t:
     uint32_t end                  # interval behind the last
 
 
+cdef struct index_t:              # finds things by their hash, open addressing
+    uint32_t *table               # numbers of things, NO: free
+    size_t slots                  # a power of two, 0 at first
+    vec_t hashes                  # uint64_t, of thing 0, 1, …
+
+
 cdef struct structure_t:          # the merged ranges of one sequence of classes
-    uint64_t hash
     uint32_t first_class          # sequences[first_class : first_class + n_classes]
     uint32_t n_classes
     uint32_t first_range          # ranges[...]; slots count the picks
@@ -125,10 +130,8 @@ cdef struct build_t:
     vec_t cells                   # cell_t
     vec_t cell_structure          # uint32_t, beside cells
     vec_t ids                     # uint32_t
-    uint32_t *structure_table     # hash tables of indices, open addressing
-    size_t structure_slots
-    uint32_t *cell_table
-    size_t cell_slots
+    index_t structure_index
+    index_t cell_index            # thing 0 is cell 1: cell 0, which allows nothing, is never looked for
     vec_t scratch[4]              # uint32_t
 
 
@@ -155,6 +158,8 @@ cdef void build_init(build_t *b) noexcept nogil:
     vec_init(&b.cells, sizeof(cell_t))
     vec_init(&b.cell_structure, sizeof(uint32_t))
     vec_init(&b.ids, sizeof(uint32_t))
+    vec_init(&b.structure_index.hashes, sizeof(uint64_t))
+    vec_init(&b.cell_index.hashes, sizeof(uint64_t))
     for i in range(4):
         vec_init(&b.scratch[i], sizeof(uint32_t))
 
@@ -164,8 +169,10 @@ cdef void build_free(build_t *b) noexcept nogil:
     free(b.rule_class)
     free(b.active)
     free(b.heap)
-    free(b.structure_table)
-    free(b.cell_table)
+    free(b.structure_index.table)
+    free(b.structure_index.hashes.data)
+    free(b.cell_index.table)
+    free(b.cell_index.hashes.data)
     free(b.classes.data)
     free(b.class_ranges.data)
     free(b.touched.data)
@@ -437,26 +444,47 @@ cdef bint merge_ports(build_t *b, const uint32_t *groups, uint32_t n, structure_
     return True
 
 
-# Room for one more in an open-addressing table of `count` entries: 0 fine, 1 it must grow.
-cdef inline bint crowded(size_t count, size_t slots) noexcept nogil:
-    return 2 * (count + 1) > slots
-
-
-cdef bint grow_structures(build_t *b) noexcept nogil:
-    cdef size_t slots = b.structure_slots * 2 if b.structure_slots else 256
-    cdef uint32_t *table = <uint32_t *>malloc(slots * sizeof(uint32_t))
+# Room for one more thing; False without memory.
+cdef bint index_room(index_t *index) noexcept nogil:
+    cdef size_t slots = index.slots * 2 if index.slots else 256
+    cdef const uint64_t *hashes = <const uint64_t *>index.hashes.data
+    cdef uint32_t *table
     cdef size_t i, at
+    if 2 * (index.hashes.n + 1) <= index.slots:
+        return True
+    table = <uint32_t *>malloc(slots * sizeof(uint32_t))
     if table == NULL:
         return False
     memset(table, 0xFF, slots * sizeof(uint32_t))
-    for i in range(b.structures.n):
-        at = (<structure_t *>b.structures.data)[i].hash & (slots - 1)
+    for i in range(index.hashes.n):
+        at = hashes[i] & (slots - 1)
         while table[at] != NO:
             at = (at + 1) & (slots - 1)
         table[at] = <uint32_t>i
-    free(b.structure_table)
-    b.structure_table = table
-    b.structure_slots = slots
+    free(index.table)
+    index.table = table
+    index.slots = slots
+    return True
+
+
+# The next thing with this hash from slot `at` on, which moves along; NO at a free slot.
+cdef inline uint32_t index_next(const index_t *index, uint64_t hash_, size_t *at) noexcept nogil:
+    cdef uint32_t found
+    at[0] &= index.slots - 1
+    while True:
+        found = index.table[at[0]]
+        if found == NO or (<const uint64_t *>index.hashes.data)[found] == hash_:
+            return found
+        at[0] = (at[0] + 1) & (index.slots - 1)
+
+
+# Give the free slot `at` to the next thing; False without memory.
+cdef inline bint index_put(index_t *index, uint64_t hash_, size_t at) noexcept nogil:
+    cdef uint64_t *hashes = <uint64_t *>vec_grow(&index.hashes, 1)
+    if hashes == NULL:
+        return False
+    hashes[0] = hash_
+    index.table[at] = <uint32_t>(index.hashes.n - 1)
     return True
 
 
@@ -471,34 +499,34 @@ cdef uint32_t structure_of(build_t *b, const uint32_t *groups, uint32_t n) noexc
         return group_at(b, groups[0]).structure
     for i in range(n):
         h = mix(h, groups[i])
-    if crowded(b.structures.n, b.structure_slots) and not grow_structures(b):
+    if not index_room(&b.structure_index):
         return NO
-    at = h & (b.structure_slots - 1)
-    while b.structure_table[at] != NO:
-        found = b.structure_table[at]
+    at = h
+    while True:
+        found = index_next(&b.structure_index, h, &at)
+        if found == NO:
+            break
         s = &(<structure_t *>b.structures.data)[found]
-        if s.hash == h and s.n_classes == n:
+        if s.n_classes == n:
             sequence = <uint32_t *>b.sequences.data + s.first_class
             for i in range(n):
                 if sequence[i] != groups[i]:
                     break
             else:
                 return found
-        at = (at + 1) & (b.structure_slots - 1)
+        at += 1
     found = <uint32_t>b.structures.n
     s = <structure_t *>vec_grow(&b.structures, 1)
     if s == NULL:
         return NO
-    s.hash = h
     s.first_class = <uint32_t>b.sequences.n
     s.n_classes = n
     sequence = <uint32_t *>vec_grow(&b.sequences, n)
     if sequence == NULL:
         return NO
     memcpy(sequence, groups, n * sizeof(uint32_t))
-    if not merge_ports(b, groups, n, s):
+    if not merge_ports(b, groups, n, s) or not index_put(&b.structure_index, h, at):
         return NO
-    b.structure_table[at] = found
     if n == 1:
         group_at(b, groups[0]).structure = found
     return found
@@ -516,34 +544,12 @@ cdef inline uint64_t cell_hash(uint32_t structure, const uint32_t *ids, uint32_t
     return h
 
 
-cdef bint grow_cells(build_t *b) noexcept nogil:
-    cdef size_t slots = b.cell_slots * 2 if b.cell_slots else 1024
-    cdef uint32_t *table = <uint32_t *>malloc(slots * sizeof(uint32_t))
-    cdef size_t i, at
-    cdef cell_t *cell
-    cdef uint32_t structure
-    if table == NULL:
-        return False
-    memset(table, 0xFF, slots * sizeof(uint32_t))
-    for i in range(1, b.cells.n):         # cell 0 has no structure and is never looked for
-        cell = &(<cell_t *>b.cells.data)[i]
-        structure = (<uint32_t *>b.cell_structure.data)[i]
-        at = cell_hash(structure, ids_of(b, cell),
-                       (<structure_t *>b.structures.data)[structure].n_picks) & (slots - 1)
-        while table[at] != NO:
-            at = (at + 1) & (slots - 1)
-        table[at] = <uint32_t>i
-    free(b.cell_table)
-    b.cell_table = table
-    b.cell_slots = slots
-    return True
-
-
 # The cell for pieces (rules[i], groups[i]), ascending in rule. NO without memory. Both arrays are used up.
 cdef uint32_t cell_of(build_t *b, uint32_t *rules, uint32_t *groups, uint32_t n) noexcept nogil:
     cdef uint32_t i, structure, found
     cdef structure_t *s
     cdef cell_t *cell
+    cdef uint64_t h
     cdef size_t at
     cdef uint32_t *ids
     cdef const uint32_t *known
@@ -559,11 +565,15 @@ cdef uint32_t cell_of(build_t *b, uint32_t *rules, uint32_t *groups, uint32_t n)
     s = &(<structure_t *>b.structures.data)[structure]
     for i in range(s.n_picks):
         rules[i] = rules[(<uint32_t *>b.picks.data)[s.first_pick + i]]
-    if crowded(b.cells.n, b.cell_slots) and not grow_cells(b):
+    if not index_room(&b.cell_index):
         return NO
-    at = cell_hash(structure, rules, s.n_picks) & (b.cell_slots - 1)
-    while b.cell_table[at] != NO:
-        found = b.cell_table[at]
+    h = cell_hash(structure, rules, s.n_picks)
+    at = h
+    while True:
+        found = index_next(&b.cell_index, h, &at)
+        if found == NO:
+            break
+        found += 1
         if (<uint32_t *>b.cell_structure.data)[found] == structure:
             known = ids_of(b, &(<cell_t *>b.cells.data)[found])
             for i in range(s.n_picks):
@@ -571,7 +581,7 @@ cdef uint32_t cell_of(build_t *b, uint32_t *rules, uint32_t *groups, uint32_t n)
                     break
             else:
                 return found
-        at = (at + 1) & (b.cell_slots - 1)
+        at += 1
     found = <uint32_t>b.cells.n
     cell = <cell_t *>vec_grow(&b.cells, 1)
     if cell == NULL or vec_grow(&b.cell_structure, 1) == NULL:
@@ -587,8 +597,7 @@ cdef uint32_t cell_of(build_t *b, uint32_t *rules, uint32_t *groups, uint32_t n)
         if ids == NULL:
             return NO
         memcpy(ids, rules, s.n_picks * sizeof(uint32_t))
-    b.cell_table[at] = found
-    return found
+    return found if index_put(&b.cell_index, h, at) else NO
 
 
 # Call for every (level, block) that a piece stands in: counts it, or writes it to its place.
