@@ -8,7 +8,7 @@ look at what changed since.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -121,6 +121,7 @@ class Effective:
         self._snapshot = Snapshot()
         self._subjects = Subjects(node_ips)
         self._slices: dict[Group, tuple[PolicyEndpoint, ...]] = {}
+        self._parts: Counter[Key] = Counter()  # of how many groups each policy is
         self._groups: dict[Key, frozenset[Group]] = {}  # that select each pod of this node
         self._selected: defaultdict[Group, set[Key]] = defaultdict(set)  # the same the other way round
         self._joined: dict[Group, _Joined] = {}  # of groups that select a pod of this node
@@ -130,7 +131,7 @@ class Effective:
     @property
     def policies(self) -> int:
         """How many policies there are, on whatever node their pods run."""
-        return len({policy for policy, _ in self._slices})
+        return len(self._parts)
 
     def update(self, snapshot: Snapshot) -> dict[Key, PodRules]:
         """What `effective_rules` says of `snapshot`: the very result of the last time if nothing changed."""
@@ -160,10 +161,15 @@ class Effective:
         for slice_ in come:
             group = group_of(slice_)
             changed.add(group)
+            if group not in self._slices:
+                self._parts[group[0]] += 1
             self._slices[group] = (*self._slices.get(group, ()), slice_)
         for group in changed:
             if not self._slices[group]:
                 del self._slices[group]
+                self._parts[group[0]] -= 1
+                if not self._parts[group[0]]:
+                    del self._parts[group[0]]
         return changed
 
     def _pod(
