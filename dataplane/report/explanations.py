@@ -227,7 +227,7 @@ class _Places:
         return self._sights[direction, policies]
 
     def told_apart(self, sight: _Sight | None, index: int) -> int:
-        """A number for a place, equal where policies see no difference, whatever they say of it."""
+        """Equal for places between which policies see no difference at all."""
         if sight is None:
             return index
         numbers, keys = self._numbers.setdefault(id(sight), ({}, {}))

@@ -52,6 +52,8 @@ def start() -> webdriver.Chrome:
         "--disable-dev-shm-usage",
         "--disable-background-networking",
         "--disable-component-update",
+        "--disable-quic",
+        "--disable-sync",
         "--no-first-run",
         "--window-size=1280,900",
     ):

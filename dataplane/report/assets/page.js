@@ -154,7 +154,7 @@
     const { rows, columns, cell } = view;
     const named = cell >= NAMES_FROM;
     const spaces = [...new Set([...view.rowGroups, ...view.columnGroups].map((group) => group.name))];
-    const space = widest(spaces, BOLD, 150) + 14;
+    const space = Math.max(widest(spaces, BOLD, 150), Math.ceil(width("from ↓", FONT))) + 14;
     view.named = named;
     view.leftSpace = space;
     view.leftName = named ? widest(rows.map((index) => places[index].n), FONT, 210) + 14 : 0;
