@@ -24,6 +24,7 @@ from dataplane.model import (
     Pod,
     Snapshot,
 )
+from dataplane.report import explanations
 from dataplane.sources.directory import read_paths
 
 ROOT = Path(__file__).parents[2]
@@ -403,3 +404,36 @@ def test_a_thousand_pods_can_be_looked_at(browser: Browser, tmp_path: Path) -> N
     browser.drawn("10x1")
     browser.point(0, 0, click=True)
     assert "namespace team-4 is not team-8" in browser.text("[data-end=ingress]")
+
+
+def test_it_says_where_it_has_no_room_for_the_reason(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explanations, "QUESTIONS", 0)
+    path = tmp_path / "shop.html"
+    path.write_text(page_of(read_paths([ROOT / SHOP]).snapshot, ["8080/TCP"], [], [SHOP]))
+    browser.open(path)
+    select(browser, "storefront/web-3", "orders/db-2")
+    assert browser.text("#panel [data-end=ingress] .word") == "denied"
+    assert browser.text("#panel [data-end=ingress] .isolating") == "orders/database, orders/default-deny"
+    assert "the command below" in browser.text("#panel [data-end=ingress] .unexplained").lower()
+    assert browser.text("#panel .command").startswith(f"podgate explain {SHOP} --from storefront/web-3")
+    # Of what is allowed, at least the policy is named: the engine says that.
+    assert browser.text("#panel [data-end=egress] .by") == "storefront/out-to-services"
+
+
+def test_it_fits_a_narrow_window(browser: Browser, shop: Path) -> None:
+    metrics = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        browser.open(shop)
+        browser.choose_port("8080/TCP")
+        select(browser, "storefront/web-3", "orders/db-2")
+        panel, shown = browser.find("#panel").rect, browser.find("#map").rect
+        # One below the other, and nothing beside the window.
+        assert panel["y"] >= shown["y"] + shown["height"]
+        assert panel["x"] + panel["width"] <= 400
+        assert browser.run("return document.documentElement.scrollWidth") <= 400
+        assert browser.text("#panel [data-end=ingress] .word") == "denied"
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

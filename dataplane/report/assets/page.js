@@ -157,11 +157,11 @@
     const space = Math.max(widest(spaces, BOLD, 150), Math.ceil(width("from ↓", FONT))) + 14;
     view.named = named;
     view.leftSpace = space;
-    view.leftName = named ? widest(rows.map((index) => places[index].n), FONT, 210) + 14 : 0;
+    view.leftName = named ? widest(rows.map((index) => places[index].n), BOLD, 210) + 14 : 0;
     const flat = view.columnGroups.every((group) => (group.end - group.start) * cell >= width(group.name, BOLD) + 10);
     view.flat = flat;
     view.topSpace = flat ? 22 : space;
-    view.topName = named ? widest(columns.map((index) => places[index].n), FONT, 150) + 14 : 0;
+    view.topName = named ? widest(columns.map((index) => places[index].n), BOLD, 150) + 14 : 0;
     view.left = view.leftSpace + view.leftName;
     view.top = view.topSpace + view.topName;
     view.wide = view.left + columns.length * cell;
