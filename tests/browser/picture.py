@@ -23,7 +23,7 @@ def main(picture: Path) -> None:
     row, column = (order.index(("orders", name)) for name in ("worker-1", "api-2"))
     driver = start()
     try:
-        driver.set_window_size(1400, 1190)
+        driver.set_window_size(1420, 1210)
         with tempfile.TemporaryDirectory() as directory:
             page = Path(directory) / "shop.html"
             page.write_text(page_of(known, PORTS, [], [SHOP]))
