@@ -154,8 +154,10 @@ class Watch:
             except ApiFault as fault:
                 self.restarts["error"] += 1
                 self.faults[_fault_kind(fault.status)] += 1
-                # A connection that breaks off once is no news before the next one fails too.
-                if not self._connected or fault.status or self._retry:
+                # A connection that breaks off, or a server that asks for a moment (as it does when a kind
+                # has just been installed), is no news before the next attempt fails too.
+                passing = fault.status == 429 or (self._connected and not fault.status)
+                if self._retry or not passing:
                     self._note(self._explain(fault), refused=fault.status)
                 # What was lost with an event that makes no sense only a list can tell. And a version that
                 # the server says it has yet to reach is one of another etcd.
