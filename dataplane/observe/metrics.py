@@ -120,9 +120,7 @@ FAMILIES = (
     Family(_COUNTER, "podgate_flow_cache_misses", "Packets whose verdict was looked up and then kept."),
     Family(_COUNTER, "podgate_events_lost", "Verdict events that readers (podgate trace) came too late for."),
     # --- tables
-    Family(
-        _GAUGE, "podgate_table_generation", "Number of the table in force; it grows with each change."
-    ),
+    Family(_GAUGE, "podgate_table_generation", "Number of the table in force; it grows with each change."),
     Family(_GAUGE, "podgate_table_pods", "Pods of this node with an interface, in the table in force."),
     Family(_GAUGE, "podgate_table_isolated_pods", "Pods of this node that a policy isolates."),
     Family(_GAUGE, "podgate_table_waiting_pods", "Isolated pods whose interface has not been found."),
@@ -132,9 +130,7 @@ FAMILIES = (
     Family(_GAUGE, "podgate_table_bytes", "Memory of the table."),
     Family(_GAUGE, "podgate_table_compile_seconds", "How long the newest table took to compile."),
     # --- objects and readiness
-    Family(
-        _GAUGE, "podgate_ready", "1 when everything known is in force and nothing is wrong: /readyz."
-    ),
+    Family(_GAUGE, "podgate_ready", "1 when everything known is in force and nothing is wrong: /readyz."),
     Family(
         _GAUGE,
         "podgate_problems",
