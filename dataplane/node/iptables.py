@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -314,9 +314,14 @@ KUBE_CHAINS = (
 )
 
 
-def kube_chains(tool: Tool) -> int:
-    """How many of the chains that kube-proxy and kubelet make this variant holds."""
+def chain_names(tool: Tool) -> list[str]:
+    """The chains of every table of this variant; a name is there once for each table that has it."""
     if tool.variant is IptablesVariant.LEGACY and not tool.tables():
-        return 0
+        return []
     saved = parse_save(tools.run([tool.save_program]))
-    return sum(chain in KUBE_CHAINS for table in saved.values() for chain in table.chains)
+    return [chain for table in saved.values() for chain in table.chains]
+
+
+def kube_chains(names: Iterable[str]) -> int:
+    """How many of the chains are those that kube-proxy and kubelet make."""
+    return sum(name in KUBE_CHAINS for name in names)

@@ -20,7 +20,7 @@ from pathlib import Path
 from dataplane.addresses import parse_address
 from dataplane.config import IptablesVariant, MarkLayout
 from dataplane.errors import KernelError
-from dataplane.node import conntrack, ipset, iptables, tools
+from dataplane.node import conntrack, ipset, iptables, other_engines, tools
 from dataplane.node.ipset import SetSpec
 from dataplane.node.rendering import FAMILIES, GROUP_EGRESS, Options, Port, render, set_name
 from dataplane.node.rtnetlink import RouteSocket
@@ -56,7 +56,8 @@ def machine() -> list[Check]:
     if any(check.state is State.MISSING for check in checks):
         # The probes would only repeat it in worse words.
         return checks
-    return checks + _in_new_namespace(lambda: list(_probes())) + [_node_variant(), _bridge(), _unprivileged()]
+    tried = _in_new_namespace(lambda: list(_probes()))
+    return [*checks, *tried, _node_variant(), _other_engines(), _bridge(), _unprivileged()]
 
 
 def _privileges() -> Check:
@@ -264,7 +265,8 @@ def _node_variant() -> Check:
         variant: tool for variant in VARIANTS if (tool := iptables.find_tool(variant, 4)) is not None
     }
     try:
-        kube = {variant: iptables.kube_chains(tool) for variant, tool in installed.items()}
+        chains = {variant: iptables.chain_names(tool) for variant, tool in installed.items()}
+        kube = {variant: iptables.kube_chains(names) for variant, names in chains.items()}
         chosen = choose_variant(IptablesVariant.AUTO, installed, kube)
         foreign = iptables.foreign_marks(installed[chosen].read(), MarkLayout().mask)
     except KernelError as error:
@@ -273,6 +275,24 @@ def _node_variant() -> Check:
     if foreign:
         return Check("this node's rules", State.LACKS, foreign[0], "choose other bits with --mark-mask")
     return Check("this node's rules", State.OK, f"--iptables auto takes {chosen}: {why}")
+
+
+def _other_engines() -> Check:
+    tools_here = (iptables.find_tool(variant, 4) for variant in VARIANTS)
+    try:
+        chains = [name for tool in tools_here if tool is not None for name in iptables.chain_names(tool)]
+        signs = other_engines.signs(chains)
+    except KernelError as error:
+        return Check("other engines", State.LACKS, str(error), "mend it")
+    if not signs:
+        return Check("other engines", State.OK, "no sign of one")
+    return Check(
+        "other engines",
+        State.LACKS,
+        "; ".join(signs),
+        "let one engine enforce policies: take the other off this node (restart it afterwards, or remove its"
+        " chains and programs)",
+    )
 
 
 def _bridge() -> Check:

@@ -3,7 +3,7 @@ the group of a link.
 
 A library that decodes every attribute of every message needs some 20 ms for the links of a full
 node; these parsers read the six attributes that matter. Layouts: linux/rtnetlink.h,
-linux/if_link.h, linux/neighbour.h; all numbers are in host byte order.
+linux/if_link.h, linux/neighbour.h, linux/pkt_cls.h; all numbers are in host byte order.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTM_GETTFILTER = 46
 
 # Multicast groups (enum rtnetlink_groups).
 GROUP_LINK, GROUP_NEIGH, GROUP_IPV4_ADDR, GROUP_IPV4_ROUTE, GROUP_IPV6_ADDR, GROUP_IPV6_ROUTE = (
@@ -55,6 +56,8 @@ RT_SCOPE_HOST = 254
 NDA_DST, NDA_LLADDR, NDA_MASTER = 1, 2, 9
 NTF_USE, NTF_SELF = 0x01, 0x02
 NUD_PROBE, NUD_PERMANENT = 0x10, 0x80
+TCA_KIND, TCA_OPTIONS, TCA_BPF_NAME = 1, 2, 7
+CLSACT_PARENTS = (0xFFFFFFF2, 0xFFFFFFF3)  # ingress and egress, linux/pkt_sched.h
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr
@@ -63,6 +66,7 @@ _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, f
 _ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg
 _NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, flags, type
+_TRAFFIC = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
 _ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 
 
@@ -224,6 +228,22 @@ def parse_neighbour(data: bytes) -> NeighbourMessage | None:
     return NeighbourMessage(family, index, state, flags, address, mac, master)
 
 
+def parse_classifier(data: bytes) -> str | None:
+    """The name of the BPF program of a traffic filter, None when it is of another kind."""
+    kind, name = b"", ""
+    for type_, start, end in _attributes(data, _TRAFFIC.size, len(data)):
+        if type_ == TCA_KIND:
+            kind = data[start:end].rstrip(b"\0")
+        elif type_ == TCA_OPTIONS:
+            for inner, at, until in _attributes(data, start, end):
+                if inner == TCA_BPF_NAME:
+                    name = data[at:until].rstrip(b"\0").decode(errors="replace")
+    if kind != b"bpf":
+        return None
+    # The kernel lists the filter's head once more, without options.
+    return name or None
+
+
 def attribute(kind: int, value: bytes) -> bytes:
     """One encoded attribute, padded."""
     return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)
@@ -347,6 +367,20 @@ class RouteSocket:
             payload = _LINK.pack(AF_BRIDGE, 0, 0, 0, 0)
         answers = self.dump(RTM_GETNEIGH, payload)
         return [entry for _, body in answers if (entry := parse_neighbour(body)) is not None]
+
+    def classifiers(self, ifindex: int) -> list[str]:
+        """Names of the BPF programs that see the packets of a link, in either direction (clsact).
+
+        Those attached as a link of their own (TCX) are not told by rtnetlink.
+        """
+        names = []
+        for parent in CLSACT_PARENTS:
+            try:
+                answers = self.dump(RTM_GETTFILTER, _TRAFFIC.pack(AF_UNSPEC, ifindex, 0, parent, 0))
+            except KernelError:  # no clsact here
+                continue
+            names += [name for _, body in answers if (name := parse_classifier(body)) is not None]
+        return list(dict.fromkeys(names))
 
     def set_group(self, ifindex: int, group: int) -> None:
         """Give a link its device group. OSError ENODEV when it is gone."""

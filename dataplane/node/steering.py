@@ -9,6 +9,7 @@ set) is there before what checks them (the group bit), and leaves after it.
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataplane.addresses import Prefix, family_of, format_address, parse_address
 from dataplane.config import AgentConfig, Fail, IptablesVariant, MarkLayout, Mode
 from dataplane.errors import KernelError
 from dataplane.model import Key
-from dataplane.node import ipset, iptables, tagged_frames
+from dataplane.node import ipset, iptables, other_engines, tagged_frames
 from dataplane.node.interfaces import Kind, Placement
 from dataplane.node.ipset import SetSpec
 from dataplane.node.iptables import SavedTable, Tool
@@ -227,9 +228,13 @@ class Steering:
         self.problems = []
         found = {variant: iptables.find_tool(variant, 4) for variant in VARIANTS}
         installed = {variant: tool for variant, tool in found.items() if tool is not None}
-        kube = {}
-        if self.config.iptables is IptablesVariant.AUTO and len(installed) > 1:
-            kube = {variant: iptables.kube_chains(tool) for variant, tool in installed.items()}
+        asked = self.config.iptables
+        chains = {
+            variant: iptables.chain_names(tool)
+            for variant, tool in installed.items()
+            if asked in (IptablesVariant.AUTO, variant)
+        }
+        kube = {variant: iptables.kube_chains(names) for variant, names in chains.items()}
         self.variant = choose_variant(self.config.iptables, installed, kube)
         self._tools = {4: installed[self.variant]}
         if self._ipv6:
@@ -247,6 +252,10 @@ class Steering:
             self.problems += [
                 f"{_COMMANDS[family]}: {text}; choose others with --mark-mask" for text in foreign
             ]
+        self.problems += [
+            f"{sign}: what it denies stays denied, and is not explained here; take it off this node"
+            for sign in other_engines.signs(itertools.chain(*chains.values()))
+        ]
 
     def install(self, not_pods: Iterable[str] = ()) -> bool:
         """Put rules and sets in place, taking over what an earlier run left. Tells whether it changed any.
