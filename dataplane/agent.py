@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dataplane.answers import Answers
+from dataplane.cni.pods import ANSWER_SECONDS, CniPods
+from dataplane.cni.server import CniServer
 from dataplane.config import AgentConfig, Mode, OnStop, Resolve
 from dataplane.enforcement import Enforcement
 from dataplane.errors import KernelError
@@ -78,7 +80,9 @@ class Agent:
         self.enforcement = Enforcement(config, self.programming)
         self.enforcement.when_in_force = self.programming.in_force
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
-        answers = Answers(self.enforcement, self.source, self.programming)
+        pods = CniPods(self.enforcement)
+        self.cni = CniServer(config.cni_socket, pods) if config.cni_socket is not None else None
+        answers = Answers(self.enforcement, self.source, self.programming, pods)
         self.control = ControlServer(config.control, answers.by_name(), answers.streams(), self._hand_over)
         telemetry = Telemetry(self.enforcement, self.source, self.programming)
         self.http = HttpServer()
@@ -118,11 +122,14 @@ class Agent:
         """Start, enforce, and stop on SIGTERM, SIGINT or SIGHUP.
 
         The control socket comes first, since a second agent stops there; unless that is to take over:
-        then the first agent judges packets until everything is ready but the queues.
+        then the first agent judges packets until everything is ready but the queues. The CNI's calls
+        are answered before anything is known: until they are, no pod is made.
         """
+        taking_over = False
         if self.config.take_over and await asyncio.to_thread(someone_listens, self.config.control):
             self.log.info("another agent is running here; taking over once everything is known")
             self.enforcement.before_queues = self._take_over
+            taking_over = True
         else:
             await self.control.start()
         loop = asyncio.get_running_loop()
@@ -130,12 +137,16 @@ class Agent:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, self._stopped_by, number)
         try:
+            if self.cni is not None and not taking_over:
+                await self.cni.start()
             if self.enforcement.before_queues is None:  # else the first agent still answers there
                 await self.http.start()
             if isinstance(self.source, Files):
                 self.source.load()
             await self._until_stopped(self.source.run(), self._enforce())
         finally:
+            if self.cni is not None:
+                await self.cni.stop()
             await self.http.stop()
             await self._leave()
             self._left.set()
@@ -147,12 +158,16 @@ class Agent:
         handed_over = await ask_to_hand_over(self.config.control)
         await self.control.start()
         await self.http.start()
+        if self.cni is not None:
+            await self.cni.start()
         self.log.info("took over" if handed_over else "the other agent has gone")
 
     async def _hand_over(self, _query: Mapping[str, str]) -> dict[str, int]:
         """Leave everything in the kernel as it is, and answer once the queues are free."""
         self._relieved = True
         self.control.withdraw()
+        if self.cni is not None:
+            await self.cni.stop(grace=ANSWER_SECONDS)
         self._stop.set()
         await self._left.wait()
         return {"generation": self.enforcement.generation}

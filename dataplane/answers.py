@@ -41,13 +41,21 @@ class Latencies(Protocol):
     def quantiles(self) -> dict[str, float]: ...
 
 
+class Settings(Protocol):
+    """What contradicts our settings (`cni.pods.CniPods`)."""
+
+    @property
+    def problems(self) -> Sequence[str]: ...
+
+
 class Answers:
     """Reads the state of enforcement; changes nothing but how many events are captured."""
 
-    def __init__(self, enforcement: Enforcement, source: Source, latencies: Latencies) -> None:
+    def __init__(self, enforcement: Enforcement, source: Source, latencies: Latencies, cni: Settings) -> None:
         self.enforcement = enforcement
         self.source = source
         self.latencies = latencies
+        self.cni = cni
         self._readers: dict[asyncio.Queue[dict[str, Any]], str] = {}
         self._pump: asyncio.Task[None] | None = None
         self._named: tuple[Plan | None, tuple[Pod, ...], Mapping[bytes, Key]] = (None, (), {})
@@ -73,7 +81,7 @@ class Answers:
         for worker in now.queues.workers:
             for (_allow, _direction, reason), (packets, _bytes) in worker.counters().items():
                 counters[reason.text] += packets
-        problems = [*self.source.problems, *now.all_faults]
+        problems = [*self.source.problems, *self.cni.problems, *now.all_faults]
         if now.refused:
             problems.append(now.refused)
         if plan is not None:

@@ -11,6 +11,7 @@ from dataplane.addresses import parse_address
 from dataplane.errors import InputError
 
 DEFAULT_CONTROL = Path("/run/podgate/control.sock")
+VPC_CNI_SOCKET = "/var/run/aws-node/npa.sock"  # fixed in the CNI's own code
 
 
 class Mode(enum.StrEnum):
@@ -148,6 +149,7 @@ class AgentConfig:
     control: Path = DEFAULT_CONTROL
     metrics: BindAddress | None = None  # None: not served
     health: BindAddress | None = None
+    cni_socket: Path | None = None  # where the VPC CNI calls; None: nobody serves it
     take_over: bool = False  # from an agent that runs here already, once all is ready to go on
     kubeconfig: str | None = None  # None: the pod's own credentials, else ~/.kube/config
     resolve: Resolve = Resolve.AUTO

@@ -24,7 +24,7 @@ from dataplane.config import AgentConfig
 from dataplane.errors import InputError, KernelError
 from dataplane.model import Problem, Snapshot
 from dataplane.node import conntrack
-from dataplane.node.interfaces import Interfaces
+from dataplane.node.interfaces import Interfaces, LinkState
 from dataplane.node.queues import QueueSet
 from dataplane.node.steering import Steering, installed_marks
 from dataplane.observe.log import Logger, get_logger
@@ -82,6 +82,10 @@ class Enforcement:
         self.when_in_force: Callable[[], None] = lambda: None  # called each time a change has come into force
         # Called with every new table, before it is published, and the seconds that making it took.
         self.when_compiled: Callable[[RuleTable, float], None] = lambda _table, _seconds: None
+        # What else is known of pods, put into the objects of which plans are made.
+        self.amend: Callable[[Snapshot, LinkState], Snapshot] = lambda snapshot, _state: snapshot
+        self._look = asyncio.Event()
+        self._settling: list[asyncio.Future[bool]] = []
         self.generation = 0  # of the table in force, its rules in the kernel too
         self._tables = 0  # how many were made
         # What blocks on the kernel or its tools runs here, one call after the other: a change that was
@@ -155,18 +159,36 @@ class Enforcement:
         )
         verify_at = time.monotonic() + self.config.verify_seconds
         while True:
+            settling, self._settling = self._settling, []
+            self._look.clear()
             await self._reconcile()
+            for waiter in settling:
+                if not waiter.done():
+                    waiter.set_result(self.refused is None)
             self.interfaces.solicit(self._unplaced(self.in_force))
             # After a look at the rules the plan is made again too: no event tells of a sysctl.
             if not await self._change(until=verify_at):
                 await self._verify()
                 verify_at = time.monotonic() + self.config.verify_seconds
 
+    def look(self) -> None:
+        """Take up at once what the links are now, and what `amend` has to say."""
+        self.interfaces.catch_up()
+        self._look.set()
+
+    async def settle(self) -> bool:
+        """Wait until what is known now is in force; False when the kernel refuses it."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._settling.append(waiter)
+        self.look()
+        return await waiter
+
     async def _change(self, until: float) -> bool:
         """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
         waits = [
             asyncio.create_task(self.objects.wait_change()),
             asyncio.create_task(self.interfaces.wait_change()),
+            asyncio.create_task(self._look.wait()),
         ]
         patience = until - time.monotonic()
         if self.refused is not None:
@@ -218,7 +240,8 @@ class Enforcement:
         )
 
     def _plan(self) -> Plan:
-        return make_plan(self.config, self.snapshot, self.interfaces.state)
+        state = self.interfaces.state
+        return make_plan(self.config, self.amend(self.snapshot, state), state)
 
     def _publish(self, plan: Plan) -> RuleTable:
         self._tables += 1

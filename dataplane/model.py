@@ -126,6 +126,7 @@ class Pod:
     annotations: Mapping[str, str] = field(default_factory=dict)  # only podgate.dev/…
     ports: tuple[ContainerPort, ...] = ()
     hints: frozenset[Hint] = frozenset()
+    strict: bool = False  # isolated both ways whatever policies say: the CNI's word, never an object's
 
 
 class Operator(enum.StrEnum):

@@ -65,8 +65,7 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
     node_ips = node_addresses(config, state)
     pods = effective_rules(snapshot, node_ips)
     routers = {pod.key for pod in snapshot.pods if pod.annotations.get(ANNOTATION_SPOOF_CHECK) == "off"}
-    # Strict mode: a pod is isolated both ways before, and besides, what policies say of it.
-    default = NOTHING if config.mode is Mode.STRICT else None
+    strict = {pod.key for pod in snapshot.pods if pod.strict}
     entries: list[PodEntry] = []
     steered: list[SteeredPod] = []
     placements = place(pods, snapshot, state, config.veth_prefix)
@@ -74,6 +73,8 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
     for key in sorted(placements):
         placement, pod = placements[key], pods[key]
         own = tuple(address for address in pod.addresses if owners[address] == key)
+        # Strict mode: a pod is isolated both ways before, and besides, what policies say of it.
+        default = NOTHING if config.mode is Mode.STRICT or key in strict else None
         ingress = pod.ingress or default
         egress = pod.egress or default
         spoof_check = config.spoof_check and key not in routers

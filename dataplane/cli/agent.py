@@ -13,6 +13,7 @@ import click
 from dataplane.addresses import parse_address
 from dataplane.cli.client import control_option
 from dataplane.config import (
+    VPC_CNI_SOCKET,
     AgentConfig,
     Backend,
     BindAddress,
@@ -159,6 +160,14 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     help="Keep our rules in the kernel or take them away; auto: keep on SIGTERM, clean on Ctrl-C.",
 )
 @_option(
+    "--cni-socket",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="PATH",
+    help="Answer the Amazon VPC CNI here when it makes and removes pods. It calls"
+    f" {VPC_CNI_SOCKET}, if NETWORK_POLICY_ENFORCING_MODE is set on it, and makes no pods"
+    " while nobody answers. Default: off.",
+)
+@_option(
     "--take-over/--no-take-over",
     default=False,
     help="Where an agent runs already, get everything ready, then have it hand over (a rolling update)."
@@ -233,6 +242,7 @@ def command(log_format: str, **options: Any) -> None:
         control=options["control"],
         metrics=options["metrics_bind_addr"],
         health=options["health_probe_bind_addr"],
+        cni_socket=options["cni_socket"],
         take_over=options["take_over"],
         verify_seconds=options["verify_seconds"],
     )

@@ -419,6 +419,11 @@ class Interfaces:
         await self._changed.wait()
         self._changed.clear()
 
+    def catch_up(self) -> None:
+        """Take in what has happened until now, before the event loop comes to it."""
+        if self._events is not None:
+            self._on_events()
+
     def solicit(self, addresses: Iterable[bytes]) -> None:
         """Make the kernel find out behind which bridge port these addresses are.
 

@@ -11,15 +11,16 @@ PACKAGE = Path(__file__).parents[2] / "dataplane"
 
 # package → packages of ours that it must not import
 FORBIDDEN = {
-    "sources": {"policy", "node", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers"},
-    "policy": {"sources", "node", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers"},
-    "node": {"sources", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers"},
-    "observe": {"sources", "node", "lab", "cli", "agent", "enforcement", "plan", "answers"},
-    "lab": {"node", "observe", "agent", "enforcement", "plan", "answers"},
-    "plan": {"sources", "observe", "lab", "cli", "agent", "enforcement", "answers"},
-    "enforcement": {"sources", "lab", "cli", "agent", "answers"},
-    "answers": {"sources", "lab", "cli", "agent"},
+    "sources": {"policy", "node", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers", "cni"},
+    "policy": {"sources", "node", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers", "cni"},
+    "node": {"sources", "observe", "lab", "cli", "agent", "enforcement", "plan", "answers", "cni"},
+    "observe": {"sources", "node", "lab", "cli", "agent", "enforcement", "plan", "answers", "cni"},
+    "lab": {"node", "observe", "agent", "enforcement", "plan", "answers", "cni"},
+    "plan": {"sources", "observe", "lab", "cli", "agent", "enforcement", "answers", "cni"},
+    "enforcement": {"sources", "lab", "cli", "agent", "answers", "cni"},
+    "answers": {"sources", "lab", "cli", "agent", "cni"},
     "telemetry": {"sources", "lab", "cli", "agent", "answers"},
+    "cni": {"sources", "lab", "cli", "agent", "answers"},
 }
 # Modules that compute and must not touch the machine.
 PURE = ["policy", "plan.py", "model.py", "addresses.py", "reasons.py"]
