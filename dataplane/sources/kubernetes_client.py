@@ -17,7 +17,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 from kubernetes.aio.client import Configuration
@@ -73,6 +73,14 @@ class _Access:
     tls: ssl.SSLContext | bool
     proxy: str | None
     server_name: str | None
+
+
+class _Payload(NamedTuple):
+    """What a request that writes has besides its path. `content` is the type of `body`."""
+
+    method: str
+    body: str
+    content: str
 
 
 class Credentials:
@@ -177,7 +185,7 @@ class Credentials:
 
 
 class ApiServer:
-    """GET requests to the API server. Every failure is an ApiFault."""
+    """Requests to the API server. Every failure is an ApiFault."""
 
     def __init__(self, credentials: Credentials) -> None:
         self._credentials = credentials
@@ -192,11 +200,22 @@ class ApiServer:
         """The parsed answer, a JSON object."""
         patience = aiohttp.ClientTimeout(total=ANSWER_SECONDS, sock_connect=CONNECT_SECONDS)
         async with self._request(path, query, patience) as response:
-            body = bytearray()
-            async for chunk in response.content.iter_any():
-                body += chunk
-                if len(body) > MAX_ANSWER:
-                    raise Garbage(f"{self.host}: an answer to {path} of more than {MAX_ANSWER >> 20} MiB")
+            return await self._whole(path, response)
+
+    async def send(
+        self, method: str, path: str, body: object, seconds: float, content: str = "application/json"
+    ) -> dict[str, Any]:
+        """The parsed answer to a request that writes. `body`: JSON in the making; `content`: its type."""
+        patience = aiohttp.ClientTimeout(total=seconds)
+        async with self._request(path, {}, patience, _Payload(method, json.dumps(body), content)) as response:
+            return await self._whole(path, response)
+
+    async def _whole(self, path: str, response: aiohttp.ClientResponse) -> dict[str, Any]:
+        body = bytearray()
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_ANSWER:
+                raise Garbage(f"{self.host}: an answer to {path} of more than {MAX_ANSWER >> 20} MiB")
         return _parse(body, self.host)
 
     @contextlib.asynccontextmanager
@@ -230,15 +249,19 @@ class ApiServer:
 
     @contextlib.asynccontextmanager
     async def _request(
-        self, path: str, query: Mapping[str, str], patience: aiohttp.ClientTimeout
+        self,
+        path: str,
+        query: Mapping[str, str],
+        patience: aiohttp.ClientTimeout,
+        payload: _Payload | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
             async with contextlib.AsyncExitStack() as stack:
-                response = await self._send(stack, path, query, patience)
+                response = await self._send(stack, path, query, patience, payload)
                 if response.status == 401:
                     # Expired between two looks at it, or revoked: read what there is now, once.
-                    response = await self._send(stack, path, query, patience, refused=True)
-                if response.status != 200:
+                    response = await self._send(stack, path, query, patience, payload, refused=True)
+                if response.status // 100 != 2:
                     raise await self._refusal(response)
                 yield response
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -250,6 +273,7 @@ class ApiServer:
         path: str,
         query: Mapping[str, str],
         patience: aiohttp.ClientTimeout,
+        payload: _Payload | None,
         *,
         refused: bool = False,
     ) -> aiohttp.ClientResponse:
@@ -260,11 +284,14 @@ class ApiServer:
             self._session = aiohttp.ClientSession(
                 connector=connector, trust_env=True, headers={"Accept": "application/json"}
             )
+        typed = {"Content-Type": payload.content} if payload else {}
         return await stack.enter_async_context(
-            self._session.get(
+            self._session.request(
+                payload.method if payload else "GET",
                 access.host + path,
                 params=dict(query),
-                headers=access.headers,
+                data=payload.body if payload else None,
+                headers=access.headers | typed,
                 ssl=access.tls,
                 proxy=access.proxy,
                 server_hostname=access.server_name,
