@@ -17,13 +17,11 @@ from dataplane.errors import InputError, KernelError
 from dataplane.model import Key, Pod
 from dataplane.node import conntrack
 from dataplane.observe.control import Answer, Query, Stream
-from dataplane.observe.events import CAPTURE, deciding_policy, describe_event, pod_name, protocol_name
+from dataplane.observe.events import deciding_policy, describe_event, pod_name, protocol_name
+from dataplane.observe.live import CAPTURE
 from dataplane.plan import Plan, node_addresses
 from dataplane.policy.explain import describe_rules
 from dataplane.policy.explainer import Explainer
-
-EVENT_SECONDS = 0.02  # how often the event rings are emptied while somebody reads
-READER_EVENTS = 8192  # how far a reader may lag before it loses records
 
 
 class Source(Protocol):
@@ -56,8 +54,6 @@ class Answers:
         self.source = source
         self.latencies = latencies
         self.cni = cni
-        self._readers: dict[asyncio.Queue[dict[str, Any]], str] = {}
-        self._pump: asyncio.Task[None] | None = None
         self._named: tuple[Plan | None, tuple[Pod, ...], Mapping[bytes, Key]] = (None, (), {})
 
     def by_name(self) -> Mapping[str, Answer]:
@@ -209,32 +205,9 @@ class Answers:
         return self._events(capture)
 
     async def _events(self, capture: str) -> AsyncIterator[dict[str, Any]]:
-        mine: asyncio.Queue[dict[str, Any]] = asyncio.Queue(READER_EVENTS)
-        self._readers[mine] = capture
-        self._set_capture()
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._pump_events())
-        try:
+        node = self.enforcement.config.node_name
+        with self.enforcement.live.read(CAPTURE[capture]) as reader:
             while True:
-                yield await mine.get()
-        finally:
-            del self._readers[mine]
-            self._set_capture()
-
-    def _set_capture(self) -> None:
-        level = max((CAPTURE[name] for name in self._readers.values()), default=CAPTURE["none"])
-        for worker in self.enforcement.queues.workers:
-            worker.capture = level
-
-    async def _pump_events(self) -> None:
-        while self._readers:
-            names = self._names()
-            for worker in self.enforcement.queues.workers:
-                for event in worker.events(READER_EVENTS):
-                    self._deliver(describe_event(event, names, self.enforcement.config.node_name))
-            await asyncio.sleep(EVENT_SECONDS)
-
-    def _deliver(self, row: dict[str, Any]) -> None:
-        for reader in self._readers:
-            if not reader.full():  # a slow reader loses records of its own only
-                reader.put_nowait(row)
+                events, names = await reader.take(), self._names()
+                for event in events:
+                    yield describe_event(event, names, node)

@@ -27,6 +27,7 @@ from dataplane.node import conntrack
 from dataplane.node.interfaces import Interfaces, LinkState
 from dataplane.node.queues import QueueSet
 from dataplane.node.steering import Steering, installed_marks
+from dataplane.observe.live import LiveVerdicts
 from dataplane.observe.log import Logger, get_logger
 from dataplane.plan import Plan, make_plan, touched
 from dataplane.policy.compile import Compiler
@@ -71,6 +72,7 @@ class Enforcement:
             offload=config.offload,
             ring_entries=RING_ENTRIES,
         )
+        self.live = LiveVerdicts(self.queues.workers)
         self.resolver = Resolver()
         self.known = Snapshot()  # the objects as the sources gave them
         self.snapshot = Snapshot()  # the same with the PolicyEndpoints of its NetworkPolicies

@@ -10,9 +10,6 @@ from dataplane.addresses import format_address
 from dataplane.model import PROTOCOL_NAMES, Direction, Key
 from dataplane.verdict import Event, Verdict
 
-# How much of the traffic becomes events; the values are the engine's capture levels.
-CAPTURE = {"none": 0, "denied": 1, "misses": 2, "all": 3}
-
 OTHER_PROTOCOLS = {1: "ICMP", 58: "ICMPv6", 33: "DCCP", 136: "UDPLITE", 47: "GRE", 50: "ESP", 51: "AH"}
 
 

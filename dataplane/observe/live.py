@@ -1,0 +1,180 @@
+"""Live verdicts: one pump empties the event rings of all queue threads for any number of readers.
+
+A reader says which packets it wants and how far it may lag. What it cannot take in time is lost to
+it alone, and counted; what no reader could be given because a ring was full is counted as well. The
+queue threads never wait for any of this, and with no reader they record nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from dataplane._engine import Worker
+from dataplane.verdict import Event
+
+# How much of the traffic becomes events; the values are the engine's capture levels.
+CAPTURE = {"none": 0, "denied": 1, "misses": 2, "all": 3}
+
+PERIOD_SECONDS = 0.02  # how often the rings are emptied while somebody reads
+REST = 3.0  # the pump rests so many times as long as it worked: packets come first on a busy machine
+TAKEN_AT_ONCE = 2048  # events of one ring: the event loop has other work too
+READER_EVENTS = 8192  # how far a reader may lag by default
+
+Wanted = Callable[[Event], bool]
+
+
+class Lost(NamedTuple):
+    """Events that a reader never got: it was too slow (`reader`), or the rings were full (`ring`).
+
+    Nobody knows what stood in events that found a ring full: they count for every reader of the time.
+    """
+
+    reader: int
+    ring: int
+
+
+class Reader:
+    """One consumer of live verdicts. A context manager; reading ends with it."""
+
+    def __init__(self, live: LiveVerdicts, capture: int, wanted: Wanted | None, room: int) -> None:
+        self.capture = capture
+        self._live = live
+        self._wanted = wanted
+        self._room = room
+        self._events: deque[Event] = deque()
+        self._woken = asyncio.Event()
+        self._missed = 0
+        self._ring_before = live.lost_in_rings
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def lost(self) -> Lost:
+        """What was lost to this reader since it began."""
+        return Lost(self._missed, self._live.lost_in_rings - self._ring_before)
+
+    async def take(self, most: int = READER_EVENTS) -> list[Event]:
+        """Wait for events; the oldest up to `most` that are there. An empty list: only losses are new."""
+        await self._woken.wait()
+        taken = [self._events.popleft() for _ in range(min(most, len(self._events)))]
+        if not self._events:
+            self._woken.clear()
+        return taken
+
+    def close(self) -> None:
+        """End reading. More than once is no error."""
+        self._live._remove(self)
+
+    def _offer(self, events: Iterable[Event]) -> None:
+        wanted, mine = self._wanted, self._events
+        room = self._room - len(mine)
+        for event in events:
+            # Not everything is recorded for this reader: another may have asked for more.
+            if (self.capture < CAPTURE["all"] and not _captured(event, self.capture)) or (
+                wanted is not None and not wanted(event)
+            ):
+                continue
+            if room > 0:
+                mine.append(event)
+                room -= 1
+            else:
+                self._missed += 1
+            self._woken.set()
+
+    def _wake(self) -> None:
+        self._woken.set()
+
+
+class LiveVerdicts:
+    """The verdicts of these workers as they happen. For the event loop's thread."""
+
+    def __init__(self, workers: Iterable[Worker]) -> None:
+        self._workers = list(workers)
+        self._readers: list[Reader] = []
+        self._pump: asyncio.Task[None] | None = None
+        self._lost_before = 0  # in rings of workers that are gone
+        self._told = 0  # of the losses in rings, readers have been woken for so many
+
+    def read(
+        self, capture: int = CAPTURE["misses"], wanted: Wanted | None = None, *, room: int = READER_EVENTS
+    ) -> Reader:
+        """Begin to read, with a running event loop. `capture`: a level of CAPTURE; `wanted` chooses
+        among those events, and is called for every one of them; `room`: how far the reader may lag."""
+        if not self._readers:  # what the last reader left must not be taken for this one's
+            for worker in self._workers:
+                while worker.events(TAKEN_AT_ONCE):
+                    pass
+            self._told = self.lost_in_rings
+        reader = Reader(self, capture, wanted, room)
+        self._readers.append(reader)
+        self._set_capture()
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.get_running_loop().create_task(self._empty_rings())
+        return reader
+
+    @property
+    def lost_in_rings(self) -> int:
+        """Events that found a ring full, since the start."""
+        return self._lost_before + sum(worker.events_lost for worker in self._workers)
+
+    def add(self, worker: Worker) -> None:
+        """Events of this worker too, from now on."""
+        self._workers.append(worker)
+        self._set_capture()
+
+    def remove(self, worker: Worker) -> None:
+        """Its last events are delivered; nothing more is read of it."""
+        self._drain(worker)
+        self._workers.remove(worker)
+        self._lost_before += worker.events_lost
+        worker.capture = CAPTURE["none"]
+
+    def _remove(self, reader: Reader) -> None:
+        if reader in self._readers:
+            self._readers.remove(reader)
+            self._set_capture()
+
+    def _set_capture(self) -> None:
+        level = max((reader.capture for reader in self._readers), default=CAPTURE["none"])
+        for worker in self._workers:
+            worker.capture = level
+
+    async def _empty_rings(self) -> None:
+        while self._readers:
+            began = time.monotonic()
+            taken: list[Event] = []
+            for worker in self._workers:
+                taken += worker.events(TAKEN_AT_ONCE)
+            if taken:
+                taken.sort(key=attrgetter("when_ns"))
+                self._deliver(taken)
+            if (lost := self.lost_in_rings) != self._told:
+                self._told = lost
+                for reader in self._readers:
+                    reader._wake()
+            await asyncio.sleep(max(PERIOD_SECONDS, (time.monotonic() - began) * REST))
+
+    def _drain(self, worker: Worker) -> None:
+        while taken := worker.events(TAKEN_AT_ONCE):
+            self._deliver(taken)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for reader in self._readers:
+            reader._offer(events)
+
+
+def _captured(event: Event, capture: int) -> bool:
+    """Whether a reader of this capture level is to see the event."""
+    return not event.verdict.allow or (capture == CAPTURE["misses"] and not event.verdict.cached)
