@@ -29,7 +29,7 @@ from dataplane.node.queues import QueueSet
 from dataplane.node.steering import Steering, installed_marks
 from dataplane.observe.live import LiveVerdicts
 from dataplane.observe.log import Logger, get_logger
-from dataplane.plan import Plan, make_plan, touched
+from dataplane.plan import Plan, Planner, touched
 from dataplane.policy.compile import Compiler
 from dataplane.policy.resolve import Resolver, in_force
 
@@ -74,6 +74,7 @@ class Enforcement:
         )
         self.live = LiveVerdicts(self.queues.workers)
         self.resolver = Resolver()
+        self._planner = Planner()
         self.known = Snapshot()  # the objects as the sources gave them
         self.snapshot = Snapshot()  # the same with the PolicyEndpoints of its NetworkPolicies
         self.in_force: Plan | None = None  # the last plan whose every step succeeded
@@ -243,7 +244,7 @@ class Enforcement:
 
     def _plan(self) -> Plan:
         state = self.interfaces.state
-        return make_plan(self.config, self.amend(self.snapshot, state), state)
+        return self._planner.plan(self.config, self.amend(self.snapshot, state), state)
 
     def _publish(self, plan: Plan) -> RuleTable:
         self._tables += 1

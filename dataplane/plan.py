@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dataplane.addresses import Prefix
 from dataplane.config import AgentConfig, Mode
-from dataplane.model import Key, Snapshot
+from dataplane.model import Key, Pod, Snapshot
 from dataplane.node.interfaces import (
     Kind,
     LinkState,
@@ -26,7 +26,7 @@ from dataplane.node.interfaces import (
 )
 from dataplane.node.steering import SteeredPod
 from dataplane.policy.compile import PodEntry
-from dataplane.policy.effective import DirectionRules, PodRules, changed_pods, effective_rules
+from dataplane.policy.effective import DirectionRules, Effective, PodRules, changed_pods
 
 NOTHING = DirectionRules(())  # isolated, and no rule allows anything
 ANNOTATION_SPOOF_CHECK = "podgate.dev/spoof-check"  # "off" on pods that route for others
@@ -62,22 +62,43 @@ def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:
 
 def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan:
     """What is to be in force for these objects on these links."""
-    node_ips = node_addresses(config, state)
-    pods = effective_rules(snapshot, node_ips)
-    routers = {pod.key for pod in snapshot.pods if pod.annotations.get(ANNOTATION_SPOOF_CHECK) == "off"}
-    strict = {pod.key for pod in snapshot.pods if pod.strict}
+    return Planner().plan(config, snapshot, state)
+
+
+class Planner:
+    """Makes plans for one snapshot after another; what it remembers of the last one only saves work."""
+
+    def __init__(self) -> None:
+        self._effective: Effective | None = None
+
+    def plan(self, config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan:
+        """See `make_plan`."""
+        node_ips = node_addresses(config, state)
+        if self._effective is None or self._effective.node_ips != node_ips:
+            self._effective = Effective(node_ips)
+        pods = self._effective.update(snapshot)
+        return _plan(config, state, node_ips, pods, self._effective.policies)
+
+
+def _plan(
+    config: AgentConfig,
+    state: LinkState,
+    node_ips: frozenset[bytes],
+    pods: dict[Key, PodRules],
+    policies: int,
+) -> Plan:
     entries: list[PodEntry] = []
     steered: list[SteeredPod] = []
-    placements = place(pods, snapshot, state, config.veth_prefix)
+    placements = place(pods, state, config.veth_prefix)
     owners = address_owners(pods, placements, state)
     for key in sorted(placements):
         placement, pod = placements[key], pods[key]
         own = tuple(address for address in pod.addresses if owners[address] == key)
         # Strict mode: a pod is isolated both ways before, and besides, what policies say of it.
-        default = NOTHING if config.mode is Mode.STRICT or key in strict else None
+        default = NOTHING if config.mode is Mode.STRICT or (pod.object and pod.object.strict) else None
         ingress = pod.ingress or default
         egress = pod.egress or default
-        spoof_check = config.spoof_check and key not in routers
+        spoof_check = config.spoof_check and not _routes_for_others(pod.object)
         entries.append(
             PodEntry(
                 key=key,
@@ -112,14 +133,16 @@ def make_plan(config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan
         services=local_service_addresses(state),
         not_pods=lookalikes(state, config.veth_prefix),
         waiting=tuple(key for key in isolated if key not in placements),
-        policies=len({endpoint.policy for endpoint in snapshot.policy_endpoints}),
+        policies=policies,
         problems=tuple(problems(state, placements.values(), strict=config.mode is Mode.STRICT)),
     )
 
 
-def place(
-    pods: Mapping[Key, PodRules], snapshot: Snapshot, state: LinkState, veth_prefix: str
-) -> dict[Key, Placement]:
+def _routes_for_others(pod: Pod | None) -> bool:
+    return pod is not None and pod.annotations.get(ANNOTATION_SPOOF_CHECK) == "off"
+
+
+def place(pods: Mapping[Key, PodRules], state: LinkState, veth_prefix: str) -> dict[Key, Placement]:
     """The interface of every pod that has one here; no two pods have the same.
 
     While an address passes from one pod to the next, objects of both may name it. An interface belongs
@@ -129,13 +152,13 @@ def place(
     names: dict[int, Key] = {}
     for key in pods:
         names.update(dict.fromkeys(named_links(key, state, veth_prefix), key))
-    live = {pod.key: pod.created_at or 0.0 for pod in snapshot.pods if not pod.finished}
     claims: dict[int, list[tuple[bool, float, Key, Placement]]] = {}
     for key, pod in pods.items():
         placement = locate(key, pod.addresses, state, veth_prefix, names)  # its own name's link stays its own
         if placement is not None:
             named = names.get(placement.ifindex) == key
-            claims.setdefault(placement.ifindex, []).append((named, live.get(key, -1.0), key, placement))
+            age = pod.object.created_at or 0.0 if pod.object is not None else -1.0
+            claims.setdefault(placement.ifindex, []).append((named, age, key, placement))
     winners = (max(claimants, key=lambda claim: claim[:3]) for claimants in claims.values())
     return {key: placement for _, _, key, placement in sorted(winners, key=lambda claim: claim[2])}
 

@@ -104,10 +104,19 @@ def isolating_policies(snapshot: Snapshot) -> dict[Direction, dict[Key, tuple[Ke
 
 
 def changed_pods(old: Mapping[Key, PodRules], new: Mapping[Key, PodRules]) -> set[Key]:
-    """The pods that came, went, or are different in `new` than in `old`."""
+    """The pods that came, went, or have other addresses or rules in `new` than in `old`."""
     # From one update to the next what stayed is the same object: seldom is anything compared in full.
-    changed = {key for key, pod in new.items() if (was := old.get(key)) is not pod and was != pod}
+    changed = {
+        key
+        for key, pod in new.items()
+        if (was := old.get(key)) is not pod and (was is None or _judged_by(was) != _judged_by(pod))
+    }
     return changed | (old.keys() - new.keys())
+
+
+def _judged_by(pod: PodRules) -> tuple[object, ...]:
+    """All that verdicts depend on; a Pod object may change in labels that none does."""
+    return pod.addresses, pod.ingress, pod.egress
 
 
 class Effective:

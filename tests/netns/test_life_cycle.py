@@ -270,12 +270,13 @@ def test_a_second_agent_gives_up(lab: LabFactory, agent: AgentFactory, tmp_path:
     assert same_socket.returncode == 2
     assert one_line(same_socket.stderr)
     assert "another agent is running here" in same_socket.stderr
-    same_queue = start_another(daemon, "--control", str(tmp_path / "other.sock"))
+    silent = ("--metrics-bind-addr", "0", "--health-probe-bind-addr", "0")
+    same_queue = start_another(daemon, "--control", str(tmp_path / "other.sock"), *silent)
     assert same_queue.returncode == 2
     assert one_line(same_queue.stderr), same_queue.stderr
     assert "queue 0" in same_queue.stderr
     # Not even one that would clean up behind itself takes the first one's rules away.
-    cleaning = start_another(daemon, "--control", str(tmp_path / "c.sock"), "--on-stop", "clean")
+    cleaning = start_another(daemon, "--control", str(tmp_path / "c.sock"), "--on-stop", "clean", *silent)
     assert cleaning.returncode == 2
     # The first one feels nothing.
     assert daemon.status()["ready"]
