@@ -8,9 +8,12 @@ from typing import Any
 
 from dataplane.addresses import format_address
 from dataplane.model import PROTOCOL_NAMES, Direction, Key
-from dataplane.verdict import Event, Verdict
+from dataplane.reasons import Reason
+from dataplane.verdict import End, Event, Verdict
 
 OTHER_PROTOCOLS = {1: "ICMP", 58: "ICMPv6", 33: "DCCP", 136: "UDPLITE", 47: "GRE", 50: "ESP", 51: "AH"}
+
+TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")  # from the lowest bit, RFC 9293 §3.1
 
 
 def protocol_name(number: int) -> str:
@@ -24,26 +27,58 @@ def pod_name(names: Mapping[bytes, Key], address: bytes) -> str | None:
     return str(key) if key else None
 
 
-def deciding_policy(verdict: Verdict) -> str | None:
-    """`namespace/name` of the policy whose rule decided, the deciding end's first; None: no rule did."""
+def deciding_rule(verdict: Verdict) -> tuple[Key, int] | None:
+    """The policy whose rule decided, the deciding end's first, and the rule's index; None: no rule did."""
     ends = [(verdict.egress, Direction.EGRESS), (verdict.ingress, Direction.INGRESS)]
     ends.sort(key=lambda end: end[1] is not verdict.direction)
     for end, direction in ends:
-        found = end.pod.rule(direction, end.rule_id) if end.pod is not None else None
-        if found:
-            return str(found[0])
+        if found := _rule(end, direction):
+            return found
     return None
 
 
+def deciding_policy(verdict: Verdict) -> str | None:
+    """`namespace/name` of the policy whose rule decided; None: no rule did."""
+    found = deciding_rule(verdict)
+    return str(found[0]) if found else None
+
+
+def _rule(end: End, direction: Direction) -> tuple[Key, int] | None:
+    found = end.pod.rule(direction, end.rule_id) if end.pod is not None else None
+    return (found[0], found[1].index) if found else None
+
+
+def _describe_end(end: End, direction: Direction) -> dict[str, Any]:
+    policy, rule = _rule(end, direction) or (None, None)
+    return {
+        "reason": None if end.reason is Reason.NONE else end.reason.text,
+        "policy": str(policy) if policy else None,
+        "rule": rule,
+    }
+
+
+def flag_names(flags: int) -> str:
+    """TCP flags by name, as `SYN,ACK`; `-` for none."""
+    return ",".join(name for bit, name in enumerate(TCP_FLAGS) if flags >> bit & 1) or "-"
+
+
 def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -> dict[str, Any]:
-    """One event as a JSON-ready record. `names`: the pods of this node by address."""
+    """One event as a JSON-ready record. `names`: the pods of this node by address.
+
+    `policy` and `rule` are of the rule that decided; `egress` and `ingress` say the same of each end,
+    their `reason` null where that end was not asked.
+    """
     verdict, packet, flow = event.verdict, event.packet, event.packet.flow
+    policy, rule = deciding_rule(verdict) or (None, None)
+    readable = packet.reason is Reason.NONE
+    icmp = readable and flow.protocol in (1, 58)
     return {
         "ts": datetime.fromtimestamp(event.when_ns / 1e9, UTC).isoformat(timespec="microseconds"),
         "verdict": "allow" if verdict.allow else "deny",
         "reason": verdict.reason.text,
         "direction": str(verdict.direction) if verdict.direction else None,
-        "policy": deciding_policy(verdict),
+        "policy": str(policy) if policy else None,
+        "rule": rule,
         "src": format_address(flow.src) if flow.src else None,
         "src_port": flow.sport if flow.has_ports else None,
         "dst": format_address(flow.dst) if flow.dst else None,
@@ -51,6 +86,11 @@ def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -
         "protocol": protocol_name(flow.protocol),
         "src_pod": pod_name(names, flow.src),
         "dst_pod": pod_name(names, flow.dst),
+        "tcp_flags": flag_names(packet.tcp_flags) if readable and flow.protocol == 6 else None,
+        "icmp_type": packet.icmp_type if icmp else None,
+        "icmp_code": packet.icmp_code if icmp else None,
+        "egress": _describe_end(verdict.egress, Direction.EGRESS),
+        "ingress": _describe_end(verdict.ingress, Direction.INGRESS),
         "node": node,
         "reply": event.reply,
         "cached": verdict.cached,
