@@ -14,8 +14,26 @@ from test_fuzz_packet import packet
 from dataplane._pcap import Capture, Filter
 
 KINDS = (captures.ETHERNET, captures.RAW, captures.LOOPBACK, captures.COOKED, captures.COOKED2)
-WORDS = """host 10.0.0.1 port 80 net 10.0.0.0/8 tcp udp icmp ip6 ip sctp src dst and or not ( ) [ ] 20:4 = !=
- & 0x3f proto vlan gateway len greater 100 portrange 1-5 ip6[6] < > fd00::1 protochain 6 \\tcp broadcast""".split()
+WORDS = (
+    *(
+        "host",
+        "10.0.0.1",
+        "port",
+        "80",
+        "net",
+        "10.0.0.0/8",
+        "tcp",
+        "udp",
+        "icmp",
+        "ip6",
+        "ip",
+        "sctp",
+        "src",
+    ),
+    *("dst", "and", "or", "not", "(", ")", "[", "]", "20:4", "=", "!=", "&", "0x3f", "proto", "vlan", "6"),
+    *("gateway", "len", "greater", "100", "portrange", "1-5", "ip6[6]", "<", ">", "fd00::1", "protochain"),
+    *("\\tcp", "broadcast"),
+)
 SIGNS = "()[]&|!<>=+-*/ :.\\0123456789"  # no letters: a word alone would be looked up as a host's name
 
 
