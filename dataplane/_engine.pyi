@@ -40,6 +40,7 @@ class Worker:
     @property
     def publisher(self) -> Publisher: ...
     capture: int
+    keep_bytes: bool
     @property
     def events_lost(self) -> int: ...
     def __new__(
@@ -49,6 +50,7 @@ class Worker:
         cache_entries: int = 65536,
         ring_entries: int = 0,
         seed: int | None = None,
+        observer: bool = False,
     ) -> Self: ...
     def judge(
         self,

@@ -81,6 +81,7 @@ class Event(NamedTuple):
 
     The pods of `verdict` are those of the table of `generation`. They are None (with `known`
     False) when that table is no longer among the publisher's recent ones; reasons and rule ids stay.
+    `data`: the beginning of the packet from its network header on, where a reader asked for it.
     """
 
     when_ns: int  # CLOCK_REALTIME
@@ -92,6 +93,7 @@ class Event(NamedTuple):
     generation: int  # 0: there was no table
     known: bool
     verdict: Verdict
+    data: bytes = b""
 
 
 class Allowed(NamedTuple):

@@ -42,8 +42,11 @@ class Lost(NamedTuple):
 class Reader:
     """One consumer of live verdicts. A context manager; reading ends with it."""
 
-    def __init__(self, live: LiveVerdicts, capture: int, wanted: Wanted | None, room: int) -> None:
+    def __init__(
+        self, live: LiveVerdicts, capture: int, wanted: Wanted | None, room: int, data: bool
+    ) -> None:
         self.capture = capture
+        self.data = data
         self._live = live
         self._wanted = wanted
         self._room = room
@@ -108,16 +111,25 @@ class LiveVerdicts:
         self._told = 0  # of the losses in rings, readers have been woken for so many
 
     def read(
-        self, capture: int = CAPTURE["misses"], wanted: Wanted | None = None, *, room: int = READER_EVENTS
+        self,
+        capture: int = CAPTURE["misses"],
+        wanted: Wanted | None = None,
+        *,
+        room: int = READER_EVENTS,
+        data: bool = False,
     ) -> Reader:
-        """Begin to read, with a running event loop. `capture`: a level of CAPTURE; `wanted` chooses
-        among those events, and is called for every one of them; `room`: how far the reader may lag."""
+        """Begin to read, with a running event loop.
+
+        `capture`: a level of CAPTURE; `wanted` chooses among those events, and is called for every one
+        of them; `room`: how far the reader may lag; `data`: events with the beginning of their packet,
+        for which the rings need 256 bytes per entry from the first such reader on.
+        """
         if not self._readers:  # what the last reader left must not be taken for this one's
             for worker in self._workers:
                 while worker.events(TAKEN_AT_ONCE):
                     pass
             self._told = self.lost_in_rings
-        reader = Reader(self, capture, wanted, room)
+        reader = Reader(self, capture, wanted, room, data)
         self._readers.append(reader)
         self._set_capture()
         if self._pump is None or self._pump.done():
@@ -139,7 +151,7 @@ class LiveVerdicts:
         self._drain(worker)
         self._workers.remove(worker)
         self._lost_before += worker.events_lost
-        worker.capture = CAPTURE["none"]
+        worker.capture, worker.keep_bytes = CAPTURE["none"], False
 
     def _remove(self, reader: Reader) -> None:
         if reader in self._readers:
@@ -148,7 +160,10 @@ class LiveVerdicts:
 
     def _set_capture(self) -> None:
         level = max((reader.capture for reader in self._readers), default=CAPTURE["none"])
+        data = any(reader.data for reader in self._readers)
         for worker in self._workers:
+            if worker.keep_bytes is not data:
+                worker.keep_bytes = data
             worker.capture = level
 
     async def _empty_rings(self) -> None:

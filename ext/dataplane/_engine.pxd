@@ -54,12 +54,18 @@ cdef struct event_t:
     path_t path
     verdict_t verdict
     uint32_t generation
+    uint32_t kept                 # bytes of the packet that are kept beside the event
 
 cdef enum capture_t:              # which packets become events
     CAPTURE_NONE = 0
     CAPTURE_DENIED = 1
     CAPTURE_MISSES = 2            # denied, and allowed ones that were evaluated rather than cached
     CAPTURE_ALL = 3
+    CAPTURE_LEVEL = 3             # the bits of the level
+    CAPTURE_BYTES = 4             # besides: keep the beginning of each packet that becomes an event
+
+cdef enum:
+    EVENT_BYTES = 256             # kept of a packet at most: what the queues are given of it
 
 cdef struct worker_t:
     cache_t *cache
@@ -67,8 +73,9 @@ cdef struct worker_t:
     table_t *hazard               # atomic: what the publisher must not free
     table_t **current             # atomic: the publisher's slot
     event_t *ring                 # power-of-two ring, single producer, single consumer
+    uint8_t *kept                 # atomic: EVENT_BYTES for each slot of the ring; NULL: nobody asked yet
     uint32_t ring_mask
-    uint32_t capture              # capture_t, atomic
+    uint32_t capture              # a level and flags of capture_t, atomic
     uint64_t ring_head            # atomic, written by the worker
     uint64_t ring_tail            # atomic, written by the reader
     uint64_t ring_lost            # atomic: events that found the ring full
@@ -78,6 +85,7 @@ cdef struct worker_t:
     uint64_t cache_misses
     uint64_t *tally               # the table's tally of our lane, like `table`
     uint32_t lane                 # no other worker of the publisher has it
+    uint8_t observer              # 1: its packets pass whatever the rules say, and are counted nowhere else
 
 cdef void worker_enter(worker_t *worker) noexcept nogil
 cdef void worker_leave(worker_t *worker) noexcept nogil

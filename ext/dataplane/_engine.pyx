@@ -62,6 +62,8 @@ cdef extern from *:
     void set_u32 "engine_set_u32" (uint32_t *slot, uint32_t value) noexcept nogil
     uint64_t get_u64 "engine_get_u64" (uint64_t *slot) noexcept nogil
     void set_u64 "engine_set_u64" (uint64_t *slot, uint64_t value) noexcept nogil
+    uint8_t *get_bytes "engine_get_u64" (uint8_t **slot) noexcept nogil
+    void set_bytes "engine_set_u64" (uint8_t **slot, uint8_t *value) noexcept nogil
     uint64_t realtime "engine_realtime" () noexcept nogil
 
 cdef enum:
@@ -343,7 +345,7 @@ cdef void worker_enter(worker_t *worker) noexcept nogil:
         if get_table(worker.current) == table:
             break
     worker.table = table
-    worker.tally = table.tallies[worker.lane] if table != NULL else NULL
+    worker.tally = table.tallies[worker.lane] if table != NULL and not worker.observer else NULL
 
 
 cdef void worker_leave(worker_t *worker) noexcept nogil:
@@ -352,10 +354,11 @@ cdef void worker_leave(worker_t *worker) noexcept nogil:
     set_table(&worker.hazard, NULL)
 
 
-cdef void record(worker_t *worker, const packet_t *packet, const path_t *path,
-                 const verdict_t *verdict) noexcept nogil:
+cdef void record(worker_t *worker, const packet_t *packet, const path_t *path, const verdict_t *verdict,
+                 const uint8_t *data, size_t captured, bint keep) noexcept nogil:
     cdef uint64_t head = worker.ring_head
     cdef event_t *event
+    cdef uint8_t *kept
     if worker.ring == NULL:
         return
     if head - get_u64(&worker.ring_tail) > worker.ring_mask:
@@ -367,6 +370,11 @@ cdef void record(worker_t *worker, const packet_t *packet, const path_t *path,
     event.path = path[0]
     event.verdict = verdict[0]
     event.generation = worker.table.generation if worker.table != NULL else 0
+    event.kept = 0
+    kept = get_bytes(&worker.kept) if keep else NULL
+    if kept != NULL and captured:
+        event.kept = <uint32_t>captured if captured < EVENT_BYTES else <uint32_t>EVENT_BYTES
+        memcpy(kept + (head & worker.ring_mask) * EVENT_BYTES, data, event.kept)
     set_u64(&worker.ring_head, head + 1)
 
 
@@ -400,17 +408,21 @@ cdef void count_ends(worker_t *worker, const verdict_t *out) noexcept nogil:
 cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, size_t wire,
                        const path_t *path, verdict_t *out) noexcept nogil:
     cdef packet_t packet
-    cdef uint32_t capture
+    cdef uint32_t capture, level
     judge_bytes(worker.table, worker, data, captured, wire, path, &packet, out)
+    if worker.observer:
+        out.allow = 1
+        out.bits = 0
     worker.packets[out.allow][out.direction][out.reason] += 1
     worker.bytes[out.allow][out.direction][out.reason] += wire
     # A flow that is allowed and known costs nothing here.
     if worker.tally != NULL and not (out.allow and out.cached):
         count_ends(worker, out)
     capture = get_u32(&worker.capture)
-    if capture and (not out.allow or capture == CAPTURE_ALL
-                    or (capture == CAPTURE_MISSES and not out.cached)):
-        record(worker, &packet, path, out)
+    if capture:
+        level = capture & CAPTURE_LEVEL
+        if not out.allow or level == CAPTURE_ALL or (level == CAPTURE_MISSES and not out.cached):
+            record(worker, &packet, path, out, data, captured, capture & CAPTURE_BYTES != 0)
 
 
 # ---- Python faces ------------------------------------------------------------------------------
@@ -591,11 +603,14 @@ cdef class Worker:
     """What one queue thread judges with: its flow cache, counters and event ring.
 
     `cache_entries` 0: no cache. `ring_entries` 0: no events; else rounded up to a power of two.
-    `seed` keys the cache's hash, random by default. Not for several threads at once, but for
-    `events`, `counters` and `capture`, which one other thread may use.
+    `seed` keys the cache's hash, random by default. An `observer` lets every packet pass, whatever the
+    rules say of it, and counts for no pod and no policy: for packets that nobody has to judge. Not for
+    several threads at once, but for `events`, `counters`, `capture` and `keep_bytes`, which one other
+    thread may use.
     """
 
-    def __cinit__(self, Publisher publisher not None, *, cache_entries=65536, ring_entries=0, seed=None):
+    def __cinit__(self, Publisher publisher not None, *, cache_entries=65536, ring_entries=0, seed=None,
+                  bint observer=False):
         cdef uint64_t slots = 1
         memset(&self.c, 0, sizeof(worker_t))
         if not 0 <= cache_entries <= 1 << 28:
@@ -615,6 +630,7 @@ cdef class Worker:
             if self.c.ring == NULL:
                 raise MemoryError
             self.c.ring_mask = <uint32_t>(slots - 1)
+        self.c.observer = observer
         self.publisher = publisher
         self.c.current = &publisher.current
         taken = {(<Worker>other).c.lane for other in (known() for known in publisher._workers)
@@ -630,6 +646,7 @@ cdef class Worker:
     def __dealloc__(self):
         cache_free(self.c.cache)
         free(self.c.ring)
+        free(self.c.kept)
 
     def judge(self, bytes packet not None, *, indev=0, outdev=0, hook=2, reply=False, wire=None):
         """The verdict for one IP packet as a queue thread would give it: cached, counted, recorded.
@@ -678,13 +695,31 @@ cdef class Worker:
     @property
     def capture(self):
         """Which packets become events: 0 none, 1 denied, 2 denied and not cached, 3 all."""
-        return get_u32(&self.c.capture)
+        return get_u32(&self.c.capture) & CAPTURE_LEVEL
 
     @capture.setter
     def capture(self, value):
         if not CAPTURE_NONE <= value <= CAPTURE_ALL:
             raise ValueError(f"capture is {value}, must be 0 to {CAPTURE_ALL}")
-        set_u32(&self.c.capture, value)
+        set_u32(&self.c.capture, <uint32_t>value | (get_u32(&self.c.capture) & CAPTURE_BYTES))
+
+    @property
+    def keep_bytes(self):
+        """Whether events come with the beginning of their packet, 256 bytes at most.
+
+        That takes 256 bytes for each entry of the ring, from the first time on.
+        """
+        return get_u32(&self.c.capture) & CAPTURE_BYTES != 0
+
+    @keep_bytes.setter
+    def keep_bytes(self, value):
+        cdef uint8_t *kept
+        if value and self.c.ring != NULL and get_bytes(&self.c.kept) == NULL:
+            kept = <uint8_t *>calloc(<size_t>self.c.ring_mask + 1, EVENT_BYTES)
+            if kept == NULL:
+                raise MemoryError
+            set_bytes(&self.c.kept, kept)
+        set_u32(&self.c.capture, (get_u32(&self.c.capture) & CAPTURE_LEVEL) | (CAPTURE_BYTES if value else 0))
 
     @property
     def events_lost(self):
@@ -696,11 +731,17 @@ cdef class Worker:
         cdef uint64_t head = get_u64(&self.c.ring_head)
         cdef uint64_t tail = self.c.ring_tail
         cdef uint64_t most = limit
+        cdef uint64_t slot
         cdef event_t *event
+        cdef uint8_t *kept = get_bytes(&self.c.kept)
         found = []
         while tail != head and most:
-            event = &self.c.ring[tail & self.c.ring_mask]
-            found.append(event_to_python(event, self.publisher))
+            slot = tail & self.c.ring_mask
+            event = &self.c.ring[slot]
+            data = b""
+            if event.kept and kept != NULL:
+                data = (<const char *>kept + slot * EVENT_BYTES)[:event.kept]
+            found.append(event_to_python(event, self.publisher, data))
             tail += 1
             most -= 1
             set_u64(&self.c.ring_tail, tail)
@@ -756,7 +797,7 @@ cdef class Worker:
         return took / (n * turns)
 
 
-cdef object event_to_python(const event_t *event, Publisher publisher):
+cdef object event_to_python(const event_t *event, Publisher publisher, bytes data):
     cdef const packet_t *p = &event.packet
     cdef bint bad = event.verdict.reason == Reason.MALFORMED or event.verdict.reason == Reason.FRAGMENT
     pods = publisher._recent.get(event.generation)
@@ -769,4 +810,4 @@ cdef object event_to_python(const event_t *event, Publisher publisher):
     )
     return Event(event.when_ns, packet, event.path.indev, event.path.outdev, event.path.hook,
                  event.path.reply != 0, event.generation, pods is not None or event.generation == 0,
-                 verdict_to_python(&event.verdict, pods))
+                 verdict_to_python(&event.verdict, pods), data)

@@ -999,6 +999,56 @@ def test_events_of_tables_long_gone_keep_their_reasons(table: RuleTable) -> None
     assert event.verdict.egress == (None, Reason.POLICY_RULE, 2)
 
 
+def test_events_carry_the_beginning_of_their_packet_only_when_asked(table: RuleTable) -> None:
+    publisher = Publisher()
+    publisher.publish(table)
+    worker = Worker(publisher, ring_entries=3)
+    short = tcp("10.0.0.1", "192.0.2.9")
+    long = bytes(IP(src="10.0.0.1", dst="192.0.2.9") / TCP(dport=80) / bytes(range(256)) / b"more")
+    worker.capture = 3
+    packets = [short, long, b"\x45", b""]
+    for keep in (False, True, False):
+        worker.keep_bytes = keep
+        assert (worker.capture, worker.keep_bytes) == (3, keep)
+        for _round in range(3):  # every slot of the ring, several times
+            for packet in packets:
+                worker.judge(packet, indev=A, outdev=UPLINK)
+            expected = [short, long[:256], b"\x45", b""] if keep else [b""] * 4
+            assert [event.data for event in worker.events()] == expected
+    worker.keep_bytes = True
+    worker.capture = 0
+    worker.judge(short, indev=A, outdev=UPLINK)
+    assert (worker.events(), worker.keep_bytes) == ([], True)
+
+
+def test_without_a_ring_nothing_is_kept(table: RuleTable) -> None:
+    publisher = Publisher()
+    publisher.publish(table)
+    worker = Worker(publisher)
+    worker.capture, worker.keep_bytes = 3, True
+    assert worker.judge(tcp("10.0.0.1", "192.0.2.9"), indev=A, outdev=UPLINK).allow
+    assert worker.events() == []
+
+
+def test_an_observer_lets_everything_pass_and_counts_for_nobody(table: RuleTable) -> None:
+    publisher = Publisher()
+    publisher.publish(table)
+    table.take_tally()
+    observer = Worker(publisher, ring_entries=8, observer=True)
+    observer.capture = 3
+    for packet, reason in (
+        (tcp("10.0.0.1", "192.0.2.9"), Reason.POLICY_RULE),
+        (tcp("10.0.0.1", "192.0.2.9", 81), Reason.NO_RULE),
+        (tcp("10.0.0.9", "192.0.2.9"), Reason.SPOOFED),
+        (b"\x45", Reason.MALFORMED),
+    ):
+        verdict = observer.judge(packet, indev=A, outdev=UPLINK)
+        assert (verdict.allow, verdict.reason, verdict.bits) == (True, reason, 0)
+    assert all(event.verdict.allow for event in observer.events())
+    assert table.take_tally() == ([], [])
+    assert Worker(publisher).judge(tcp("10.0.0.1", "192.0.2.9"), indev=A, outdev=UPLINK).bits == E
+
+
 def test_events_before_any_table() -> None:
     worker = Worker(Publisher(), ring_entries=4)
     worker.capture = 1

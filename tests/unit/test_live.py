@@ -81,6 +81,22 @@ def test_nothing_is_recorded_without_a_reader_and_only_what_the_last_ones_need()
     run(test)
 
 
+def test_packets_are_kept_while_a_reader_asks_for_them() -> None:
+    async def test() -> None:
+        worker = make_worker()
+        live = LiveVerdicts([worker])
+        headers = live.read(CAPTURE["all"])
+        with live.read(CAPTURE["all"], data=True) as bytes_too:
+            send(worker, ALLOWED)
+            (event,) = await bytes_too.take()
+            assert (len(event.data), event.data[0]) == (28, 0x45)
+        await headers.take()
+        send(worker, ALLOWED)
+        assert [event.data for event in await headers.take()] == [b""]
+
+    run(test)
+
+
 def test_a_reader_is_given_only_the_events_it_wants() -> None:
     async def test() -> None:
         worker = make_worker()
