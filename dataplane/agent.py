@@ -82,7 +82,12 @@ class Agent:
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
         pods = CniPods(self.enforcement)
         self.cni = CniServer(config.cni_socket, pods) if config.cni_socket is not None else None
-        answers = Answers(self.enforcement, self.source, self.programming, pods)
+        answers = Answers(
+            self.enforcement,
+            self.source,
+            self.programming,
+            [pods, *([self.cni] if self.cni is not None else [])],
+        )
         self.control = ControlServer(config.control, answers.by_name(), answers.streams(), self._hand_over)
         telemetry = Telemetry(self.enforcement, self.source, self.programming)
         self.http = HttpServer()

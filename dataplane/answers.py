@@ -39,8 +39,8 @@ class Latencies(Protocol):
     def quantiles(self) -> dict[str, float]: ...
 
 
-class Settings(Protocol):
-    """What contradicts our settings (`cni.pods.CniPods`)."""
+class Reachable(Protocol):
+    """What stands between the CNI and us (`cni.pods.CniPods`, `cni.server.CniServer`)."""
 
     @property
     def problems(self) -> Sequence[str]: ...
@@ -49,7 +49,9 @@ class Settings(Protocol):
 class Answers:
     """Reads the state of enforcement; changes nothing but how many events are captured."""
 
-    def __init__(self, enforcement: Enforcement, source: Source, latencies: Latencies, cni: Settings) -> None:
+    def __init__(
+        self, enforcement: Enforcement, source: Source, latencies: Latencies, cni: Sequence[Reachable]
+    ) -> None:
         self.enforcement = enforcement
         self.source = source
         self.latencies = latencies
@@ -77,7 +79,9 @@ class Answers:
         for worker in now.queues.workers:
             for (_allow, _direction, reason), (packets, _bytes) in worker.counters().items():
                 counters[reason.text] += packets
-        problems = [*self.source.problems, *self.cni.problems, *now.all_faults]
+        problems = [*self.source.problems, *now.all_faults]
+        for part in self.cni:
+            problems += part.problems
         if now.refused:
             problems.append(now.refused)
         if plan is not None:
