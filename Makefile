@@ -8,11 +8,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 # Tests at a time; PYTEST_ARGS are further options for pytest.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: run test setup setup-test kube-apiserver lint types bench micro sanitize wheel picture clean help
+.PHONY: run test e2e setup setup-test kube-apiserver lint types bench micro sanitize wheel picture clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make bench  whole-path benchmarks with their baselines (several minutes)"
+	@echo "make e2e IMAGE=…  on the cluster that KUBECONFIG names: installs, tests with real pods, removes"
 	@echo "make sanitize  packet, rule and netlink code under address and undefined-behaviour sanitizers"
 	@echo "make wheel  the wheel, in dist/"
 	@echo "make picture  draws docs/matrix.png anew, in a browser"
@@ -33,6 +34,14 @@ test: setup-test kube-apiserver lint types
 # For the tests against a real one; built in the background, where there is Go.
 kube-apiserver: setup
 	@$(BIN)/python tests/cluster/kube_binaries.py --start
+
+# IMAGE: what nodes pull. AGENT_ENV: settings, for example PODGATE_VETH_PREFIX=cali. KEEP=1 leaves all for a
+# look, REMOVE=1 removes it then.
+e2e:
+	@command -v python3 >/dev/null || { echo "make e2e needs python3" >&2; exit 2; }
+	@[ -n "$(IMAGE)" ] || { echo "make e2e: name podgate's image, as nodes pull it: IMAGE=registry.example/podgate:0.1.0" >&2; exit 2; }
+	@python3 tests/e2e --image "$(IMAGE)" --kubectl "$${KUBECTL:-kubectl}" $(if $(KEEP),--keep) $(if $(REMOVE),--remove) \
+		$(if $(AGENT_ENV),--agent-env $(AGENT_ENV))
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

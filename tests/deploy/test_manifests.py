@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from dataplane.cli.agent import command as agent_command
+from dataplane.config import VPC_CNI_SOCKET
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -174,6 +175,7 @@ def test_the_agent_takes_its_arguments_and_environment(
     options = agent_command.make_context("agent", arguments).params
     assert {key: options[key] for key in expected} == expected
     assert (options["source"], options["take_over"]) == (("kubernetes",), True)
+    assert str(options["cni_socket"]) == VPC_CNI_SOCKET
     assert (options["node_name"], options["node_ip"]) == ("node-1", (bytes([192, 0, 2, 1]),))
 
 
