@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
@@ -199,6 +199,11 @@ class Resolver:
         self._used: defaultdict[Key, list[_Query]] = defaultdict(list)
         self._selected_namespaces: dict[LabelSelector, frozenset[str]] = {}
         self._made: dict[Key, tuple[PolicyEndpoint, ...]] = {}
+
+    @property
+    def made(self) -> Mapping[Key, tuple[PolicyEndpoint, ...]]:
+        """The PolicyEndpoints that the last update returned, by NetworkPolicy; at least one of each."""
+        return self._made
 
     def update(self, snapshot: Snapshot) -> tuple[PolicyEndpoint, ...]:
         """The PolicyEndpoints of the NetworkPolicies in `snapshot` that have none there, sorted by key."""

@@ -358,7 +358,7 @@ class KubernetesSource:
                 continue
             try:
                 answer = await self._api.get(path, {})
-                self._definition.discovered(_is_listed(answer.get("resources")))
+                self._definition.discovered(is_listed(answer.get("resources")))
             except ApiFault as fault:
                 if fault.status == 404:
                     self._definition.discovered(False)
@@ -472,7 +472,8 @@ def _is_served(definition: Raw) -> bool:
     return versions.get(POLICY_ENDPOINTS.version) is True and conditions.get("Established") == "True"
 
 
-def _is_listed(resources: object) -> bool:
+def is_listed(resources: object) -> bool:
+    """Whether PolicyEndpoints are among what the API server says its group has."""
     return isinstance(resources, list) and any(
         isinstance(each, dict) and each.get("name") == POLICY_ENDPOINTS.plural for each in resources
     )

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 EXAMPLES = "share/podgate/examples"
+CRDS = "share/podgate/crds"
 SOURCES = sorted((ROOT / "ext/dataplane").glob("*.pyx"))
 # Translated and compiled from the sdist. The others are translated, which needs every .pxd, but their
 # binaries come from the checkout: that saves a minute.
@@ -124,11 +125,14 @@ def test_the_wheel_holds_what_a_user_needs(built: Built) -> None:
     data = f"podgate-{VERSION}.data/data/{EXAMPLES}"
     source = ROOT / "deploy/examples"
     examples = {f"{data}/{path.relative_to(source).as_posix()}" for path in source.rglob("*.yaml")}
+    crds = {
+        f"podgate-{VERSION}.data/data/{CRDS}/{path.name}" for path in (ROOT / "deploy/crds").glob("*.yaml")
+    }
     info = f"podgate-{VERSION}.dist-info"
     facts = {
         f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")
     }
-    expected = modules | assets | stubs | extensions | examples | facts
+    expected = modules | assets | stubs | extensions | examples | crds | facts
     assert len(extensions) == 6
     assert {path.rpartition(".")[2] for path in assets} == {"html", "css", "js"}
     assert held == expected | {"dataplane/py.typed", f"{info}/licenses/LICENSE"}
@@ -162,6 +166,9 @@ def test_the_wheel_works_outside_of_a_checkout(built: Built, tmp_path: Path) -> 
     ):
         query = ["--from", source, "--to", "stars/backend", "--port", port, "--expect", expected]
         assert expected in run([podgate, "explain", "stars", *query], tmp_path)
+
+    lookup = "from dataplane.controller.prerequisites import definition; print(definition()['spec']['group'])"
+    assert run([python, "-c", lookup], tmp_path) == "networking.k8s.aws\n"
 
     page = run([podgate, "matrix", "stars", "--port", "80/TCP", "-o", "html"], tmp_path)
     for asset in (ROOT / "dataplane/report/assets").glob("page.[jc]s*"):
