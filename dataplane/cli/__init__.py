@@ -15,6 +15,7 @@ FAULT = 70  # EX_SOFTWARE of sysexits.h: neither "no" nor bad input
 # name → module in this package; the module's `command` is the click command.
 COMMANDS = {
     "agent": "agent",
+    "controller": "controller",
     "status": "status",
     "resolve": "resolve",
     "explain": "explain",

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from dataplane.addresses import parse_address
 from dataplane.cli.client import control_option
+from dataplane.cli.options import BindAddressType, option
 from dataplane.config import (
     VPC_CNI_SOCKET,
     AgentConfig,
     Backend,
-    BindAddress,
     Fail,
     IptablesVariant,
     MarkLayout,
@@ -28,7 +27,6 @@ from dataplane.config import (
 from dataplane.errors import InputError
 
 CLUSTER = "kubernetes"  # as --source
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Address(click.ParamType[bytes]):
@@ -43,34 +41,15 @@ class _Address(click.ParamType[bytes]):
             self.fail(str(error), param, ctx)
 
 
-class _BindAddress(click.ParamType[BindAddress | None]):
-    name = "[IP]:PORT"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> BindAddress | None:
-        try:
-            return BindAddress.parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     return click.Choice([member.value for member in kind])
-
-
-def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
-    """An option that also comes from PODGATE_<NAME>."""
-    variable = "PODGATE_" + name.lstrip("-").split("/")[0].upper().replace("-", "_")
-    extra = settings.pop("also", [])
-    return click.option(name, envvar=[variable, *extra], show_default=True, show_envvar=True, **settings)
 
 
 @click.command(
     epilog="Example:  podgate agent --source ./policies --node-ip 10.0.0.1 --node-ip fd00::1\n\n"
     "In a cluster:  podgate agent --source kubernetes --node-name $NODE_NAME"
 )
-@_option(
+@option(
     "--source",
     multiple=True,
     required=True,
@@ -78,88 +57,88 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     help="A file or directory of YAML, watched; repeatable. Or kubernetes: the cluster's API server"
     " (a directory of that name: ./kubernetes).",
 )
-@_option(
+@option(
     "--kubeconfig",
     also=["KUBECONFIG"],
     metavar="PATH",
     help="How to reach the API server. Default: the pod's ServiceAccount, else ~/.kube/config.",
 )
-@_option(
+@option(
     "--resolve",
     type=_choice(Resolve),
     default=Resolve.AUTO.value,
     help="Turn NetworkPolicies into rules here. auto: where no PolicyEndpoints are served (in files: for"
     " policies that have none). always: and ignore PolicyEndpoints. never: only PolicyEndpoints count.",
 )
-@_option(
+@option(
     "--pod-names",
     type=_choice(PodNames),
     default=PodNames.LOCAL.value,
     help="Whose names events show. cluster: of pods on other nodes too, by a watch of all pods.",
 )
-@_option(
+@option(
     "--node-ip",
     multiple=True,
     type=_Address(),
     also=["NODE_IP"],
     help="An address by which objects name this node (hostIP). Repeatable. Default: this node's own.",
 )
-@_option(
+@option(
     "--node-name",
     also=["NODE_NAME"],
     help="This node's name, as its Node object has it; needed with --source kubernetes.",
 )
-@_option(
+@option(
     "--mode",
     type=_choice(Mode),
     default=Mode.STANDARD.value,
     also=["NETWORK_POLICY_ENFORCING_MODE"],
     help="strict: pods are isolated from their first packet, whether or not a policy selects them.",
 )
-@_option(
+@option(
     "--fail",
     type=_choice(Fail),
     default=Fail.CLOSED.value,
     help="What becomes of steered packets that nobody can judge: dropped, or let through.",
 )
-@_option("--queues", type=click.IntRange(1, 64), default=1, help="Queues, one thread each.")
-@_option("--queue-base", type=click.IntRange(0, 65472), default=0, help="Number of the first queue.")
-@_option(
+@option("--queues", type=click.IntRange(1, 64), default=1, help="Queues, one thread each.")
+@option("--queue-base", type=click.IntRange(0, 65472), default=0, help="Number of the first queue.")
+@option(
     "--backend",
     type=_choice(Backend),
     default=Backend.NATIVE.value,
     help="native: our netlink loop. netfilterqueue: the NetfilterQueue package, about ten times slower.",
 )
-@_option(
+@option(
     "--offload/--no-offload",
     default=True,
     help="Let the kernel pass the rest of a flow once it is judged, or inspect every packet.",
 )
-@_option(
+@option(
     "--spoof-check",
     type=click.Choice(["on", "off"]),
     default="on",
     help="Drop packets from pods whose source is not one of the pod's addresses.",
 )
-@_option(
+@option(
     "--iptables",
     type=_choice(IptablesVariant),
     default=IptablesVariant.AUTO.value,
     help="auto: the variant that holds kube-proxy's chains, else nft.",
 )
-@_option(
+@option(
     "--mark-mask",
     default="0x70000000",
     help="Three bits of packet and connection mark that no other program uses.",
 )
-@_option("--veth-prefix", default="eni", help="How the CNI names pods' host interfaces (VPC CNI: eni).")
-@_option(
+@option("--veth-prefix", default="eni", help="How the CNI names pods' host interfaces (VPC CNI: eni).")
+@option(
     "--on-stop",
     type=_choice(OnStop),
     default=OnStop.AUTO.value,
     help="Keep our rules in the kernel or take them away; auto: keep on SIGTERM, clean on Ctrl-C.",
 )
-@_option(
+@option(
     "--cni-socket",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="PATH",
@@ -167,37 +146,37 @@ def _option(name: str, **settings: Any) -> Callable[[Command], Command]:
     f" {VPC_CNI_SOCKET}, if NETWORK_POLICY_ENFORCING_MODE is set on it, and makes no pods"
     " while nobody answers. Default: off.",
 )
-@_option(
+@option(
     "--take-over/--no-take-over",
     default=False,
     help="Where an agent runs already, get everything ready, then have it hand over (a rolling update)."
     " Without, a second agent ends.",
 )
-@_option(
+@option(
     "--coalesce-ms",
     type=click.IntRange(0, 10_000),
     default=20,
     help="Put a change of objects in force when none has followed for so long.",
 )
-@_option(
+@option(
     "--coalesce-limit-ms",
     type=click.IntRange(0, 60_000),
     default=200,
     help="… and at the latest so long after the first one.",
 )
-@_option(
+@option(
     "--metrics-bind-addr",
-    type=_BindAddress(),
+    type=BindAddressType(),
     default=":8162",
     help="Serve metrics for Prometheus there, at /metrics. 0: do not.",
 )
-@_option(
+@option(
     "--health-probe-bind-addr",
-    type=_BindAddress(),
+    type=BindAddressType(),
     default=":8163",
     help="Answer probes there, at /healthz and /readyz. 0: do not.",
 )
-@_option("--verify-seconds", type=click.FloatRange(min=0.05), default=10.0, hidden=True)
+@option("--verify-seconds", type=click.FloatRange(min=0.05), default=10.0, hidden=True)
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="PODGATE_LOG_FORMAT"
 )

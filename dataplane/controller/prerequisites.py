@@ -79,7 +79,7 @@ async def install_definition(api: ApiServer, log: Any) -> None:
         if fault.status == 403:
             raise Refusal(
                 f"not allowed to create the CustomResourceDefinition {POLICY_ENDPOINTS}: apply"
-                " deploy/controller/rbac.yaml, or install the definition yourself (kubectl apply -f"
+                " deploy/controller/rbac.yaml, or install the definition yourself (kubectl apply -k"
                 f" deploy/crds) ({fault})"
             ) from None
         if fault.status != 409:  # another one was quicker
@@ -97,7 +97,7 @@ async def install_definition(api: ApiServer, log: Any) -> None:
 def refuse_missing() -> Refusal:
     """The kind is not served, and we were told not to install it."""
     return Refusal(
-        f"the CustomResourceDefinition {POLICY_ENDPOINTS} is not installed: kubectl apply -f deploy/crds,"
+        f"the CustomResourceDefinition {POLICY_ENDPOINTS} is not installed: kubectl apply -k deploy/crds,"
         " or run with --install-crd"
     )
 

@@ -13,9 +13,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "netns"))  # its ways of writing objects
 
+import cluster_controller
 import kube_binaries
+import yaml
 from cluster_agent import ClusterAgent
-from control_plane import ControlPlane
+from cluster_controller import ClusterController
+from control_plane import CONTROLLER, ROOT, ControlPlane
 from objects import pod
 
 from dataplane.lab.topology import Topology
@@ -115,3 +118,33 @@ def agent(cluster: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> It
     yield make
     for one in made:
         one.kill()
+
+
+ControllerFactory = Callable[..., ClusterController]
+
+
+@pytest.fixture
+def controller(
+    cluster: ControlPlane, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ControllerFactory]:
+    """Starts controllers with the rights that `deploy/` gives them: `controller("--no-install-crd")`.
+
+    It is ready when this returns, unless `wait=False`.
+    """
+    for made in yaml.safe_load_all((ROOT / "deploy/controller/rbac.yaml").read_text()):
+        cluster.apply(made)
+    running: list[ClusterController] = []
+
+    def make(*options: str, wait: bool = True) -> ClusterController:
+        one = ClusterController(cluster, tmp_path_factory.mktemp("controller"), CONTROLLER, options)
+        running.append(one)
+        one.start()
+        if wait:
+            one.wait_ready()
+        return one
+
+    yield make
+    for one in running:
+        one.kill()
+    cluster.start_again()
+    cluster_controller.forget(cluster)

@@ -35,10 +35,12 @@ Raw = dict[str, Any]
 ADMIN = "admin-token"
 AGENT = "agent-token"
 AGENT_USER = "system:serviceaccount:kube-system:podgate"
+CONTROLLER = "controller-token"
 TOKENS = f"""\
 {ADMIN},admin,1,"system:masters"
 {AGENT},{AGENT_USER},2
 nobody-token,nobody,3
+{CONTROLLER},system:serviceaccount:kube-system:podgate-controller,4
 """
 # What the agent may do: read-only, and nothing that it does not read.
 RULES: list[Raw] = [
@@ -57,6 +59,8 @@ BASES = {
     "Node": "api/v1/nodes",
     "ClusterRole": "apis/rbac.authorization.k8s.io/v1/clusterroles",
     "ClusterRoleBinding": "apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "Role": "apis/rbac.authorization.k8s.io/v1/namespaces/{}/roles",
+    "RoleBinding": "apis/rbac.authorization.k8s.io/v1/namespaces/{}/rolebindings",
     "CustomResourceDefinition": "apis/apiextensions.k8s.io/v1/customresourcedefinitions",
 }
 

@@ -20,6 +20,10 @@ COLLECTIONS = {
     "DaemonSet": "apis/apps/v1/namespaces/kube-system/daemonsets",
     "ClusterRole": "apis/rbac.authorization.k8s.io/v1/clusterroles",
     "ClusterRoleBinding": "apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "Role": "apis/rbac.authorization.k8s.io/v1/namespaces/kube-system/roles",
+    "RoleBinding": "apis/rbac.authorization.k8s.io/v1/namespaces/kube-system/rolebindings",
+    "Deployment": "apis/apps/v1/namespaces/kube-system/deployments",
+    "NetworkPolicy": "apis/networking.k8s.io/v1/namespaces/kube-system/networkpolicies",
     "CustomResourceDefinition": "apis/apiextensions.k8s.io/v1/customresourcedefinitions",
 }
 
@@ -57,6 +61,29 @@ def dry_run(cluster: ControlPlane, made: Raw) -> Raw:
 def test_every_object_is_accepted(cluster: ControlPlane, argv: tuple[str | Path, ...]) -> None:
     found = objects(*argv)
     assert {"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "DaemonSet"} <= {
+        one["kind"] for one in found
+    }
+    for one in found:
+        kept = dry_run(cluster, one)
+        assert kept["metadata"]["name"] == one["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("kubectl", "kustomize", DEPLOY / "controller"),
+        (
+            *("helm", "template", "podgate", DEPLOY / "helm/podgate", "--namespace", "kube-system"),
+            *("--set", "controller.enabled=true,mode=strict,logFormat=json"),
+        ),
+    ],
+    ids=["kustomize", "helm"],
+)
+def test_every_object_of_the_controller_is_accepted(
+    cluster: ControlPlane, argv: tuple[str | Path, ...]
+) -> None:
+    found = objects(*argv)
+    assert {"ServiceAccount", "Role", "RoleBinding", "Deployment", "NetworkPolicy"} <= {
         one["kind"] for one in found
     }
     for one in found:

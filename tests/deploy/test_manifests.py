@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from dataplane.cli.agent import command as agent_command
+from dataplane.cli.controller import command as controller_command
 from dataplane.config import VPC_CNI_SOCKET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def documents(text: str) -> list[Raw]:
     return [one for one in yaml.safe_load_all(text) if one]
 
 
-def kustomized(tmp_path: Path, *components: str) -> list[Raw]:
+def kustomized(tmp_path: Path, *components: str, controller: bool = False) -> list[Raw]:
     """The base with components, as an overlay beside the checkout would have it."""
     overlay = tmp_path / "overlay"
     overlay.mkdir(exist_ok=True)
@@ -47,7 +48,7 @@ def kustomized(tmp_path: Path, *components: str) -> list[Raw]:
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": ["../deploy"],
+        "resources": ["../deploy", *(["../deploy/controller"] if controller else [])],
         "components": [f"../deploy/components/{name}" for name in components],
     }
     (overlay / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
@@ -101,6 +102,78 @@ def meaning(objects: Sequence[Raw]) -> dict[tuple[str, str, str], Raw]:
 )
 def test_kustomize_and_helm_mean_the_same(tmp_path: Path, components: list[str], settings: list[str]) -> None:
     assert meaning(kustomized(tmp_path, *components)) == meaning(templated(*settings))
+
+
+@needs_kubectl
+@needs_helm
+@pytest.mark.parametrize(
+    ("components", "settings"),
+    [
+        ([], []),
+        (["controller-host-network"], ["controller.hostNetwork=true"]),
+        (["strict", "controller-host-network"], ["mode=strict"]),
+    ],
+    ids=lambda value: "+".join(value) or "base",
+)
+def test_the_controller_is_the_same_from_both(
+    tmp_path: Path, components: list[str], settings: list[str]
+) -> None:
+    settings = ["controller.enabled=true", "crds.install=true", *settings]
+    from_helm = templated(*settings)
+    del one(from_helm, "CustomResourceDefinition")["metadata"]["annotations"]
+    assert meaning(kustomized(tmp_path, *components, controller=True)) == meaning(from_helm)
+
+
+@needs_kubectl
+def test_the_controllers_pods_can_do_nothing_but_write_policy_endpoints() -> None:
+    objects = documents(run("kubectl", "kustomize", DEPLOY / "controller"))
+    deployment = one(objects, "Deployment")["spec"]
+    assert deployment["replicas"] == 2
+    spec = deployment["template"]["spec"]
+    assert "hostNetwork" not in spec
+    assert "volumes" not in spec
+    assert spec["priorityClassName"] == "system-cluster-critical"
+    (container,) = spec["containers"]
+    assert "limits" not in container["resources"]
+    security = container["securityContext"]
+    assert (security["runAsNonRoot"], security["readOnlyRootFilesystem"]) == (True, True)
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    name, *arguments = container["args"]
+    assert name == "controller"
+    options = controller_command.make_context("controller", arguments).params
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {
+        "metrics": options["metrics_bind_addr"].port,
+        "health": options["health_probe_bind_addr"].port,
+    }
+    # Whatever policies say, it must reach the API server.
+    policy = one(objects, "NetworkPolicy")["spec"]
+    assert (policy["policyTypes"], policy["egress"]) == (["Egress"], [{}])
+    labels = deployment["template"]["metadata"]["labels"]
+    assert policy["podSelector"] == deployment["selector"] == {"matchLabels": labels}
+    # The agent's DaemonSet would take them for its own.
+    daemonset = one(documents(run("kubectl", "kustomize", DEPLOY)), "DaemonSet")["spec"]
+    assert not daemonset["selector"]["matchLabels"].items() <= labels.items()
+
+
+@needs_kubectl
+def test_what_the_controller_may_write() -> None:
+    objects = documents(run("kubectl", "kustomize", DEPLOY / "controller"))
+    written = {
+        (each["kind"], resource): set(rule["verbs"]) - {"get", "list", "watch"}
+        for each in objects
+        if each["kind"] in ("ClusterRole", "Role")
+        for rule in each["rules"]
+        for resource in rule["resources"]
+        if set(rule["verbs"]) - {"get", "list", "watch"} and "resourceNames" not in rule
+    }
+    assert written == {
+        ("ClusterRole", "policyendpoints"): {"create", "patch", "delete"},
+        ("ClusterRole", "networkpolicies/finalizers"): {"update"},
+        ("ClusterRole", "customresourcedefinitions"): {"create"},
+        ("Role", "leases"): {"create"},
+    }
 
 
 @needs_kubectl
@@ -194,6 +267,8 @@ def test_helm_lint() -> None:
         ("image.repositry=x", "repositry"),
         ("maxSurge=0", "maxSurge"),
         ("tolerance=x", "tolerance"),
+        ("controller.enable=true", "enable"),
+        ("controller.replicas=0", "replicas"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(setting: str, field: str) -> None:

@@ -125,9 +125,8 @@ def test_the_wheel_holds_what_a_user_needs(built: Built) -> None:
     data = f"podgate-{VERSION}.data/data/{EXAMPLES}"
     source = ROOT / "deploy/examples"
     examples = {f"{data}/{path.relative_to(source).as_posix()}" for path in source.rglob("*.yaml")}
-    crds = {
-        f"podgate-{VERSION}.data/data/{CRDS}/{path.name}" for path in (ROOT / "deploy/crds").glob("*.yaml")
-    }
+    definitions = (ROOT / "deploy/crds").glob("policyendpoints.*.yaml")
+    crds = {f"podgate-{VERSION}.data/data/{CRDS}/{path.name}" for path in definitions}
     info = f"podgate-{VERSION}.dist-info"
     facts = {
         f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")
