@@ -110,6 +110,7 @@ class Reconciler:
             try:
                 await self._bring_in_order(policy, since)
             except Stopped:
+                worklist.close()  # this policy is in nobody's hands now: begin again with all of them
                 return
             except Moved:
                 worklist.retry(policy, since)

@@ -591,9 +591,20 @@ def test_agents_that_resolve_change_over_without_a_gap(
     one = agent(pods)
     cluster.create(network_policy("b", labels(pod="b")))
     one.wait_reaches("x/a", "x/b", False)
-    controller()
+    writer = controller()
     assert one.reaches("x/a", "x/b") == {False}
     until(lambda: "PolicyEndpoints rule from now on" in one.text(), 30)
     assert one.reaches("x/a", "x/b") == {False}
+    # And back, with the controller still there.
+    cluster.remove_definition()
+    assert one.reaches("x/a", "x/b") == {False}
+    until(lambda: one.text().count("NetworkPolicies are resolved here") == 2, 30)
+    assert one.reaches("x/a", "x/b") == {False}
+    writer.wait_unready("does not serve policyendpoints")
+    # What it wrote comes again with the definition.
+    cluster.install_definition()
+    writer.wait(lambda: len(written(cluster)) == 1, 60)
+    writer.wait_ready(60)
+    assert one.reaches("x/a", "x/b") == {False}
     cluster.delete(network_policy("b", {}))
-    one.wait_reaches("x/a", "x/b", True)
+    one.wait_reaches("x/a", "x/b", True, 40)
