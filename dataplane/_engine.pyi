@@ -42,6 +42,8 @@ class Worker:
     capture: int
     keep_bytes: bool
     @property
+    def audit(self) -> bool: ...
+    @property
     def events_lost(self) -> int: ...
     def __new__(
         cls,
@@ -51,6 +53,7 @@ class Worker:
         ring_entries: int = 0,
         seed: int | None = None,
         observer: bool = False,
+        audit: bool = False,
     ) -> Self: ...
     def judge(
         self,

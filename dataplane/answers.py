@@ -114,6 +114,8 @@ class Answers:
             "fail": str(now.config.fail),
             "backend": str(now.config.backend),
             "iptables": str(variant) if variant else None,
+            "audit": now.config.audit,
+            "audited_pods": plan.audited if plan else 0,
             "pods": plan.isolated if plan else 0,
             "policies": plan.policies if plan else 0,
             "queues": queues,
@@ -150,7 +152,10 @@ class Answers:
             )
 
         # It goes through every object: events and changes of policy must not wait for it.
-        return await asyncio.to_thread(answer)
+        found = await asyncio.to_thread(answer)
+        if now.config.audit:
+            found["notes"].append("the agent runs with --audit: it drops nothing")
+        return found
 
     async def flows(self, _query: Query) -> list[dict[str, Any]]:
         """Live flows from conntrack that touch a pod of this node, with their verdict now."""

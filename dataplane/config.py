@@ -154,6 +154,11 @@ class AgentConfig:
     kubeconfig: str | None = None  # None: the pod's own credentials, else ~/.kube/config
     resolve: Resolve = Resolve.AUTO
     pod_names: PodNames = PodNames.LOCAL
+    audit: bool = False  # nothing is dropped, so it fails open too
     quiet: float = 0.02  # seconds without a change of objects before changes are put in force …
     quiet_limit: float = 0.2  # … and how long changes may be put off in all
     verify_seconds: float = 10.0  # how often others' changes to our rules are looked for
+
+    def __post_init__(self) -> None:
+        if self.audit:
+            object.__setattr__(self, "fail", Fail.OPEN)

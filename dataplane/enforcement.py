@@ -71,6 +71,7 @@ class Enforcement:
             fail=config.fail,
             offload=config.offload,
             ring_entries=RING_ENTRIES,
+            audit=config.audit,
         )
         self.live = LiveVerdicts(self.queues.workers)
         self.resolver = Resolver()

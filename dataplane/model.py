@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dataplane.addresses import Prefix
 
+ANNOTATION_MODE = "podgate.dev/mode"  # of a NetworkPolicy or Namespace: `audit` or `enforce`
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
@@ -209,11 +210,20 @@ class NetworkPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyHead:
+    """A NetworkPolicy of which nothing counts but its annotations: its PolicyEndpoints are others' work."""
+
+    key: Key
+    annotations: Mapping[str, str] = field(default_factory=dict)  # only podgate.dev/…
+
+
+@dataclass(frozen=True, slots=True)
 class Namespace:
     """What is needed of a v1 Namespace."""
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)  # only podgate.dev/…
 
 
 class ServicePort(NamedTuple):
@@ -261,3 +271,4 @@ class Snapshot:
     network_policies: tuple[NetworkPolicy, ...] = ()  # sorted by key
     namespaces: tuple[Namespace, ...] = ()  # sorted by name
     services: tuple[Service, ...] = ()  # sorted by key
+    policy_heads: tuple[PolicyHead, ...] = ()  # sorted by key

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dataplane.addresses import Prefix
 from dataplane.config import AgentConfig, Mode
-from dataplane.model import Key, Pod, Snapshot
+from dataplane.model import Direction, Key, Pod, Snapshot
 from dataplane.node.interfaces import (
     Kind,
     LinkState,
@@ -39,7 +39,7 @@ class Plan:
     `entries` and `own_node` are what the table is compiled from. `pods`: every known pod of this node,
     `isolated` of them isolated. `placements`: those whose interface is there; `waiting`: isolated pods
     whose interface is not (yet). `services`: local service addresses. `not_pods`: links that only look
-    like a pod's.
+    like a pod's. `audited`: pods with a direction that is isolated, and in audit.
     """
 
     entries: tuple[PodEntry, ...]
@@ -53,6 +53,7 @@ class Plan:
     waiting: tuple[Key, ...]
     policies: int
     problems: tuple[str, ...]
+    audited: int = 0
 
 
 def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:
@@ -98,6 +99,8 @@ def _plan(
         default = NOTHING if config.mode is Mode.STRICT or (pod.object and pod.object.strict) else None
         ingress = pod.ingress or default
         egress = pod.egress or default
+        # Strict mode isolates by itself, and is not in audit because a policy is.
+        audit = frozenset(Direction) if config.audit else pod.audit if default is None else frozenset()
         spoof_check = config.spoof_check and not _routes_for_others(pod.object)
         entries.append(
             PodEntry(
@@ -110,6 +113,9 @@ def _plan(
                 branch=placement.kind is Kind.BRANCH,
                 bridge=placement.bridge_ifindex,
                 uplink=branch_uplink(placement, pod.addresses, state),
+                audit=audit,
+                ingress_policies=pod.ingress_policies,
+                egress_policies=pod.egress_policies,
             )
         )
         steered.append(
@@ -134,8 +140,14 @@ def _plan(
         not_pods=lookalikes(state, config.veth_prefix),
         waiting=tuple(key for key in isolated if key not in placements),
         policies=policies,
+        audited=sum(bool(entry.audit & _isolated_in(entry)) for entry in entries),
         problems=tuple(problems(state, placements.values(), strict=config.mode is Mode.STRICT)),
     )
+
+
+def _isolated_in(entry: PodEntry) -> set[Direction]:
+    sides = ((Direction.INGRESS, entry.ingress), (Direction.EGRESS, entry.egress))
+    return {direction for direction, rules in sides if rules is not None}
 
 
 def _routes_for_others(pod: Pod | None) -> bool:

@@ -66,9 +66,12 @@ class Matrix:
         return "\n".join(parts)
 
 
-# What a cell of `Reachability.marks` says beyond ALLOWED and NOT_JUDGED: which end denies.
+# What a cell of `Reachability.marks` says beyond ALLOWED and NOT_JUDGED: which end denies, or would.
 EGRESS_DENIED, INGRESS_DENIED, BOTH_DENIED = "E", "I", "X"
-_TO_MATRIX = str.maketrans({EGRESS_DENIED: DENIED, INGRESS_DENIED: DENIED, BOTH_DENIED: DENIED})
+AUDITED = "a"  # allowed because the policies that would deny are in audit
+_TO_MATRIX = str.maketrans(
+    {EGRESS_DENIED: DENIED, INGRESS_DENIED: DENIED, BOTH_DENIED: DENIED, AUDITED: ALLOWED}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +121,10 @@ class Reachability:
     """Who reaches whom, and why.
 
     `marks[port]` has one string per source, one character per destination: `.` allowed, `E` the
-    source's egress denies, `I` the destination's ingress denies, `X` both deny, `-` not judged
-    (between two addresses outside). `egress[port]` and `ingress[port]` say what each end answers,
-    as indices into `verdicts`; they mean nothing where a place meets itself (always allowed) and
-    where nothing is judged. `left_out`: pods without an address of this family.
+    source's egress denies, `I` the destination's ingress denies, `X` both deny, `a` allowed by an
+    audit only, `-` not judged (between two addresses outside). `egress[port]` and `ingress[port]`
+    say what each end answers, as indices into `verdicts`; they mean nothing where a place meets itself
+    (always allowed) and where nothing is judged. `left_out`: pods without an address of this family.
     """
 
     family: int

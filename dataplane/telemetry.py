@@ -75,7 +75,7 @@ class Telemetry:
         self.source = source
         config = enforcement.config
         self.metrics = Metrics({"backend": str(config.backend), "mode": str(config.mode)})
-        self._tallies = Tallies()
+        self._tallies = Tallies(config.audit)
         self._compile_seconds = 0.0
         self._steering: Mapping[Reason, int] = {}
         self._scraping = asyncio.Lock()
@@ -254,22 +254,26 @@ class Telemetry:
 
 @dataclass(slots=True)
 class _Denials:
-    """Packets that no rule allowed, by pod and direction, while these objects were in force."""
+    """Packets that no rule allowed, by pod, direction and whether an audit let them through, while these
+    objects were in force."""
 
     snapshot: Snapshot
-    counts: Counter[tuple[Key, Direction]]
+    counts: Counter[tuple[Key, Direction, bool]]
 
 
 class Tallies:
     """What was counted per pod and policy, over all tables. For several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, audit: bool = False) -> None:
+        """`audit`: nothing at all is denied."""
         self._lock = threading.Lock()
+        self._audit = audit
         self._snapshots: dict[int, Snapshot] = {}  # by the generation of tables that may be counted in
         self._denials: list[_Denials] = []  # oldest first
         self._settled = time.monotonic()
         self._pod_denied, self._pod_allowed = Totals(), Totals()
         self._policy_denied, self._policy_allowed = Totals(), Totals()
+        self._pod_audited, self._policy_audited = Totals(), Totals()
 
     def publish(self, table: RuleTable, snapshot: Snapshot) -> None:
         """`table` was made from `snapshot` and is in force from now on."""
@@ -293,6 +297,8 @@ class Tallies:
             for totals, here in (
                 (self._pod_denied, pods),
                 (self._pod_allowed, pods),
+                (self._pod_audited, pods),
+                (self._policy_audited, policies),
                 (self._policy_denied, policies),
                 (self._policy_allowed, policies),
             ):
@@ -300,27 +306,33 @@ class Tallies:
             return {
                 "podgate_pod_denied_packets": self._pod_denied.series(),
                 "podgate_pod_allowed_flows": self._pod_allowed.series(),
+                "podgate_pod_audited_packets": self._pod_audited.series(),
+                "podgate_policy_audited_packets": self._policy_audited.series(),
                 "podgate_policy_denied_packets": self._policy_denied.series(),
                 "podgate_policy_allowed_flows": self._policy_allowed.series(),
             }
 
     def _take(self, table: RuleTable) -> None:
         pods, rules = table.take_tally()
-        denied: Counter[tuple[Key, Direction]] = Counter()
+        denied: Counter[tuple[Key, Direction, bool]] = Counter()
         for (pod, direction, reason), count in pods:
             if reason is Reason.POLICY_RULE:
                 self._pod_allowed.add(pod, (str(direction),), count)
                 continue
-            self._pod_denied.add(pod, (str(direction), reason.text), count)
-            if reason is Reason.NO_RULE:
-                denied[pod, direction] = count
+            audited, why = self._audit, reason
+            if reason is Reason.AUDIT:
+                audited, why = True, Reason.NO_RULE
+            totals = self._pod_audited if audited else self._pod_denied
+            totals.add(pod, (str(direction), why.text), count)
+            if why is Reason.NO_RULE:
+                denied[pod, direction, audited] = count
         for (ruleset, direction, rule_id), count in rules:
             self._policy_allowed.add(rule_of(ruleset, rule_id)[0], (str(direction),), count)
         snapshot = self._snapshots.get(table.generation)
         if denied and snapshot is not None:
             self._note(snapshot, denied)
 
-    def _note(self, snapshot: Snapshot, denied: Counter[tuple[Key, Direction]]) -> None:
+    def _note(self, snapshot: Snapshot, denied: Counter[tuple[Key, Direction, bool]]) -> None:
         """Keep denials until somebody asks which policies they are due to: that goes through all objects."""
         newest = self._denials[-1] if self._denials else None
         if newest is not None and newest.snapshot.policy_endpoints is snapshot.policy_endpoints:
@@ -334,10 +346,11 @@ class Tallies:
     def _settle(self) -> None:
         """Put denials down to the policies that isolated their pods."""
         for denials in self._denials:
-            isolating = _isolating(denials.snapshot, {pod for pod, _ in denials.counts})
-            for (pod, direction), count in denials.counts.items():
+            isolating = _isolating(denials.snapshot, {pod for pod, _, _ in denials.counts})
+            for (pod, direction, audited), count in denials.counts.items():
+                totals = self._policy_audited if audited else self._policy_denied
                 for policy in isolating[direction].get(pod, ()):
-                    self._policy_denied.add(policy, (str(direction),), count)
+                    totals.add(policy, (str(direction),), count)
         self._denials.clear()
         self._settled = time.monotonic()
 

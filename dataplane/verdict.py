@@ -64,7 +64,8 @@ class Verdict(NamedTuple):
     """Allow or deny, with the reason in one word and what each end said.
 
     `direction` is the end that decided, None when neither did. `bits`: 1 the egress end was judged
-    by its rules, 2 the ingress end was (what the kernel may remember of the flow).
+    by its rules, 2 the ingress end was (what the kernel may remember of the flow). `audited`: why it
+    would be denied, where only an audit lets it through.
     """
 
     allow: bool
@@ -74,6 +75,7 @@ class Verdict(NamedTuple):
     cached: bool
     egress: End
     ingress: End
+    audited: Reason = Reason.NONE
 
 
 class Event(NamedTuple):

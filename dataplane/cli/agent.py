@@ -101,6 +101,11 @@ def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     default=Fail.CLOSED.value,
     help="What becomes of steered packets that nobody can judge: dropped, or let through.",
 )
+@option(
+    "--audit/--no-audit",
+    default=False,
+    help="Judge, count and log what would be denied, and drop nothing at all, whatever other options say.",
+)
 @option("--queues", type=click.IntRange(1, 64), default=1, help="Queues, one thread each.")
 @option("--queue-base", type=click.IntRange(0, 65472), default=0, help="Number of the first queue.")
 @option(
@@ -210,6 +215,7 @@ def command(log_format: str, **options: Any) -> None:
         mode=Mode(options["mode"]),
         fail=Fail(options["fail"]),
         queues=options["queues"],
+        audit=options["audit"],
         queue_base=options["queue_base"],
         backend=Backend(options["backend"]),
         offload=options["offload"],

@@ -36,6 +36,7 @@ def _from_files(
 REASONS = {
     "policy-rule": "a rule allows it",
     "no-rule": "the pod is isolated in this direction and no rule of its policies matches",
+    "audit": "no rule of its policies matches; it passes all the same, because they are in audit",
     "not-isolated": "no policy isolates the pod in this direction",
     "not-a-pod": "not a pod that policies are enforced for here",
     "same-pod": "a pod may always talk to itself",
@@ -47,7 +48,7 @@ POLICIES_SHOWN = 8
 
 
 def _end(label: str, who: str, end: dict[str, Any], everything: bool) -> None:
-    colour = "green" if end["verdict"] == "allow" else "red"
+    colour = "red" if end["verdict"] == "deny" else "yellow" if end["reason"] == "audit" else "green"
     click.echo(f"  {label} of {who}: " + click.style(f"{end['verdict']}, {end['reason']}", fg=colour))
     if end["rule"]:
         rule = end["rule"]
@@ -79,6 +80,9 @@ def _name(end: dict[str, Any]) -> str:
 def _print(answer: dict[str, Any], everything: bool) -> None:
     allowed = answer["verdict"] == "allow"
     word = click.style("ALLOW" if allowed else "DENY", fg="green" if allowed else "red", bold=True)
+    audited = [side for side in ("egress", "ingress") if answer[side]["reason"] == "audit"]
+    if allowed and audited:
+        word += click.style(f" (in audit: {' and '.join(audited)} would deny)", fg="yellow")
     click.echo(f"{word}  {_name(answer['from'])} → {_name(answer['to'])}  {answer['port']}")
     for note in answer["notes"]:
         click.echo(click.style(f"  note: {note}", fg="yellow"))
@@ -88,8 +92,9 @@ def _print(answer: dict[str, Any], everything: bool) -> None:
     if suggestions:
         policies = [each for each in suggestions if each["manifest"]]
         many = "policies" if len(policies) > 1 else "policy"
+        would = "allow it once enforced" if audited else "allow it"
         click.echo(
-            f"\nThe smallest {many} that would allow it:" if policies else "\nNo policy can be suggested:"
+            f"\nThe smallest {many} that would {would}:" if policies else "\nNo policy can be suggested:"
         )
     for each in suggestions:
         click.echo(each["yaml"], nl=False)

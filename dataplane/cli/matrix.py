@@ -16,14 +16,29 @@ import click
 from dataplane.cli.objects import read_objects
 from dataplane.cli.progress import progress
 from dataplane.errors import InputError
-from dataplane.reachability import ALLOWED, BOTH_DENIED, DENIED, EGRESS_DENIED, INGRESS_DENIED, NOT_JUDGED
+from dataplane.reachability import (
+    ALLOWED,
+    AUDITED,
+    BOTH_DENIED,
+    DENIED,
+    EGRESS_DENIED,
+    INGRESS_DENIED,
+    NOT_JUDGED,
+)
 
 if TYPE_CHECKING:
     from dataplane.reachability import Reachability
 
-COLOURS = {ALLOWED: "green", EGRESS_DENIED: "yellow", INGRESS_DENIED: "red", BOTH_DENIED: "magenta"}
+COLOURS = {
+    ALLOWED: "green",
+    AUDITED: "cyan",
+    EGRESS_DENIED: "yellow",
+    INGRESS_DENIED: "red",
+    BOTH_DENIED: "magenta",
+}
 MEANINGS = {
     ALLOWED: "allowed",
+    AUDITED: "allowed by an audit only",
     EGRESS_DENIED: "denied by egress",
     INGRESS_DENIED: "denied by ingress",
     BOTH_DENIED: "denied by both",
@@ -240,7 +255,7 @@ def _shares(groups: Sequence[tuple[str | None, range]], marks: Sequence[str]) ->
 def _share(marks: Sequence[str], sources: range, destinations: range) -> str:
     cut = slice(destinations.start, destinations.stop)
     count = Counter("".join(marks[source][cut] for source in sources))
-    allowed = count[ALLOWED]
+    allowed = count[ALLOWED] + count[AUDITED]
     if sources == destinations:
         allowed -= len(sources)  # the diagonal
     judged = allowed + count[EGRESS_DENIED] + count[INGRESS_DENIED] + count[BOTH_DENIED]
@@ -254,7 +269,9 @@ def summary(marks: Sequence[str]) -> str:
     count = Counter("".join(marks))
     count[ALLOWED] -= len(marks)  # the diagonal
     denied = count[EGRESS_DENIED] + count[INGRESS_DENIED] + count[BOTH_DENIED]
-    text = f"{count[ALLOWED]:,} of {count[ALLOWED] + denied:,} pairs allowed, {denied:,} denied"
+    allowed = count[ALLOWED] + count[AUDITED]
+    audited = f" ({count[AUDITED]:,} by an audit only)" if count[AUDITED] else ""
+    text = f"{allowed:,} of {allowed + denied:,} pairs allowed{audited}, {denied:,} denied"
     by = [
         f"{count[mark]:,} by {word}"
         for mark, word in ((EGRESS_DENIED, "egress"), (INGRESS_DENIED, "ingress"), (BOTH_DENIED, "both"))

@@ -13,6 +13,10 @@ from rich.table import Table
 from dataplane.cli.client import ask, control_option, output_option
 
 
+def _audit(side: dict[str, Any]) -> str:
+    return " (in audit: what no rule allows passes too)" if side["audit"] else ""
+
+
 def _print(answer: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(f"[bold]{answer['pod']}[/]  {', '.join(answer['addresses'])}")
@@ -22,9 +26,9 @@ def _print(answer: dict[str, Any]) -> None:
             console.print(f"{direction}: not isolated, everything may pass")
             continue
         if not side["intervals"]:
-            console.print(f"{direction}: isolated, nothing may pass")
+            console.print(f"{direction}: isolated, nothing may pass{_audit(side)}")
             continue
-        console.print(f"{direction}: isolated; may pass ({len(side['rules'])} rules):")
+        console.print(f"{direction}: isolated{_audit(side)}; may pass ({len(side['rules'])} rules):")
         table = Table("from" if direction == "ingress" else "to", "ports", "policy", "rule", box=None)
         for interval in side["intervals"]:
             for number, allowed in enumerate(interval["allowed"]):

@@ -49,6 +49,13 @@ def _print(status: dict[str, Any]) -> None:
         f"mode {status['mode']}, fail {status['fail']}, backend {status['backend']}, "
         f"iptables {status['iptables']}"
     )
+    if status["audit"]:
+        console.print("[yellow]audit[/]: nothing is dropped; see podgate audit-report")
+    elif status["audited_pods"]:
+        console.print(
+            f"[yellow]audit[/]: {status['audited_pods']} pods have policies in audit only;"
+            " see podgate audit-report"
+        )
     queues = Table(
         "queue", "waiting", "dropped: queue full", "dropped: socket full", box=None, pad_edge=False
     )

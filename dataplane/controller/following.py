@@ -21,7 +21,7 @@ class Following:
         self, api: ApiServer, store: Store, on_change: Callable[[], None], timing: Timing | None = None
     ) -> None:
         """`on_change` is called when a kind has been listed, and when a problem comes or goes."""
-        self._policies = PolicyOutlet(store, f"kubernetes {NETWORK_POLICIES}", names_only=False)
+        self._policies = PolicyOutlet(store, f"kubernetes {NETWORK_POLICIES}")
         pods = Outlet(store, f"kubernetes {PODS}")
         namespaces = Outlet(store, f"kubernetes {NAMESPACES}")
         services = Outlet(store, f"kubernetes {SERVICES}")

@@ -130,12 +130,13 @@ class PlainQueue:
 
     def _judge(self, packet: Packet) -> None:
         # An exception in here would end `run` and leave the packet queued for ever: one packet
-        # must not be able to stop the queue, so it is dropped, counted and shown as a problem.
+        # must not be able to stop the queue, so it is dropped (in audit let through), counted and shown as
+        # a problem.
         try:
             accept, mark = self._verdict(packet)
         except Exception:
             self._losses["failed_judgements"] += 1
-            accept, mark = False, 0
+            accept, mark = self.worker.audit, packet.mark & ~self._marks.mask
         self._losses["packets"] += 1
         if accept:
             packet.set_mark(mark)

@@ -49,7 +49,7 @@ class Queue(Protocol):
 class QueueSet:
     """The queues of the network namespace that `start` is called in.
 
-    Every queue has a Worker of its own, published to by `publisher`.
+    Every queue has a Worker of its own, published to by `publisher`. `audit`: nothing is dropped.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class QueueSet:
         offload: bool,
         cache_entries: int = 65536,
         ring_entries: int = 0,
+        audit: bool = False,
         maxlen: int = 4096,
     ) -> None:
         self.workers: list[Worker] = []
@@ -72,7 +73,7 @@ class QueueSet:
         self._proc = -1
         self._stopping = False
         for number in numbers:
-            worker = Worker(publisher, cache_entries=cache_entries, ring_entries=ring_entries)
+            worker = Worker(publisher, cache_entries=cache_entries, ring_entries=ring_entries, audit=audit)
             self.workers.append(worker)
             self._queues.append(
                 _queue(
@@ -175,10 +176,11 @@ class QueueSet:
         if not self._threads:
             return ["the queues are not started"]
         problems = self.dead()
+        outcome = "let through" if any(worker.audit for worker in self.workers) else "dropped"
         for queue in self._queues:
             if failed := queue.losses().get("failed_judgements"):
                 problems.append(
-                    f"queue {queue.number}: {failed} packets could not be judged and were dropped"
+                    f"queue {queue.number}: {failed} packets could not be judged and were {outcome}"
                 )
         return problems
 

@@ -48,7 +48,8 @@ class Options:
     """What the rules depend on besides the ports of a bridge.
 
     `queues` are the first and last queue number. `not_pods`: links that strict mode must not take for
-    pods not yet known although their names begin like a pod's.
+    pods not yet known although their names begin like a pod's. `audit`: no rule drops; what one would
+    have dropped is counted.
     """
 
     marks: MarkLayout = field(default_factory=MarkLayout)
@@ -58,6 +59,7 @@ class Options:
     strict: bool = False
     veth_prefix: str = "eni"
     not_pods: tuple[str, ...] = ()
+    audit: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -94,7 +96,7 @@ def render(options: Options, ports: Sequence[Port], family: int) -> dict[str, Ta
     """Every rule of one family (4 or 6), by table. Equal input gives equal output."""
     ports = sorted(ports)
     return {
-        "raw": _raw(ports, family),
+        "raw": _raw(options, ports, family),
         "filter": TableRules({"PODGATE-INPUT-SAVE": _save(options)}, {"INPUT": "PODGATE-INPUT-SAVE"}),
         "mangle": _mangle(options, ports, family),
     }
@@ -104,11 +106,17 @@ def _hex(value: int, mask: int | None = None) -> str:
     return f"{value:#x}" if mask is None else f"{value:#x}/{mask:#x}"
 
 
-def _counted(reason: str) -> str:
-    return f'-m comment --comment "podgate: {reason}" -j DROP'
+def _counted(options: Options, reason: str, passed: str = "") -> str:
+    """Count and drop. `passed`: what is done instead in audit; by default the next rule comes."""
+    return f'-m comment --comment "podgate: {reason}"{passed if options.audit else " -j DROP"}'
 
 
-def _raw(ports: Sequence[Port], family: int) -> TableRules:
+def _invalid(options: Options) -> str:
+    # Accepted, like what a queue lets through: in a bridge's chains it would be counted at each end.
+    return f"-m conntrack --ctstate INVALID {_counted(options, 'invalid', ' -j ACCEPT')}"
+
+
+def _raw(options: Options, ports: Sequence[Port], family: int) -> TableRules:
     # Link-local and unspecified sources belong to neighbour discovery and duplicate address
     # detection; no router forwards them (RFC 4291 §2.5.2, §2.5.6).
     exempt = ("-s fe80::/10 -j RETURN", "-s ::/128 -j RETURN") if family == 6 else ()
@@ -117,18 +125,18 @@ def _raw(ports: Sequence[Port], family: int) -> TableRules:
         "PODGATE-SOURCE": (
             f"-m set --match-set {set_name('spoof', family)} src,src -j RETURN",
             *exempt,
-            _counted("spoofed"),
+            _counted(options, "spoofed"),
         )
     }
     checked = [port for port in ports if port.checked]
     if checked:
         enter.append("-m physdev --physdev-is-in -j PODGATE-PORT")
-        chains |= _port_sources(checked, family, exempt)
+        chains |= _port_sources(options, checked, family, exempt)
     chains["PODGATE-PREROUTING"] = tuple(enter)
     return TableRules(chains, {"PREROUTING": "PODGATE-PREROUTING"})
 
 
-def _port_sources(ports: Sequence[Port], family: int, exempt: Rules) -> dict[str, Rules]:
+def _port_sources(options: Options, ports: Sequence[Port], family: int, exempt: Rules) -> dict[str, Rules]:
     """Which source each bridge port may use: found by address, through sub-chains of a few rules.
 
     No set can do this: hash:net,iface has `physdev:` entries, but the set match of iptables has no
@@ -153,7 +161,7 @@ def _port_sources(ports: Sequence[Port], family: int, exempt: Rules) -> dict[str
         "PODGATE-PORT-OTHER": tuple(
             f"-m physdev --physdev-in {port.name} -j PODGATE-FORGED" for port in ports
         ),
-        "PODGATE-FORGED": (_counted("spoofed"),),
+        "PODGATE-FORGED": (_counted(options, "spoofed"),),
     }
 
 
@@ -294,7 +302,7 @@ def _forward(options: Options) -> list[str]:
         f"-m devgroup --src-group {isolated} --dst-group {isolated} -j RETURN",
         # One of the two ends is isolated. What conntrack calls invalid belongs to no flow that could
         # have been judged; most of it could not even be parsed.
-        f"-m conntrack --ctstate INVALID {_counted('invalid')}",
+        _invalid(options),
     ]
     for side, bits in (
         ("src", GROUP_EGRESS),
@@ -312,7 +320,7 @@ def _input(options: Options) -> list[str]:
     """Local service addresses: only the pod that asks is judged. Its replies to the node are not."""
     source = _groups("src", GROUP_EGRESS)
     return [
-        f"{source} -m conntrack --ctstate INVALID {_counted('invalid')}",
+        f"{source} {_invalid(options)}",
         *(f"{source} {end} -j PODGATE-QUEUE" for end in _ends(options, GROUP_EGRESS, True)),
     ]
 
@@ -329,7 +337,7 @@ def _unknown(options: Options) -> dict[str, Rules]:
             f"-m devgroup ! --{side}-group {_hex(0, GROUP_MASK)} -j RETURN",
             f"{flag} vlan.eth+ -j RETURN",  # the uplinks of branch interfaces
             *(f"{flag} {name} -j RETURN" for name in sorted(options.not_pods)),
-            _counted("no-table"),
+            _counted(options, "no-table"),
         )
     return chains
 
@@ -355,7 +363,7 @@ def _bridge(options: Options, ports: Sequence[Port], family: int) -> dict[str, R
     """
     chains: dict[str, Rules] = {
         name: (
-            f"-m conntrack --ctstate INVALID {_counted('invalid')}",
+            _invalid(options),
             *(f"{end} -j PODGATE-QUEUE" for end in _ends(options, bits, inward)),
         )
         for name, (bits, inward) in _BRIDGE_ENDS.items()

@@ -13,7 +13,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataplane.addresses import Prefix, family_of, format_address, parse_address
@@ -209,6 +209,7 @@ class Steering:
             offload=config.offload,
             strict=config.mode is Mode.STRICT,
             veth_prefix=config.veth_prefix,
+            audit=config.audit,
         )
         self._ports: tuple[Port, ...] = ()
         self._untagged: frozenset[str] | None = None  # ports whose tagged frames are dropped; None: not yet
@@ -294,11 +295,15 @@ class Steering:
         self.keep_groups()
         ipset.restore(removals)
         self._sets = wanted
-        untagged = frozenset(port.name for port in ports)
-        if untagged != self._untagged:
-            self._drop_tagged_frames(untagged)
+        if self._no_tags(ports) != self._untagged:
+            self._drop_tagged_frames()
 
-    def _drop_tagged_frames(self, ports: frozenset[str]) -> None:
+    def _no_tags(self, ports: Iterable[Port]) -> frozenset[str]:
+        """The ports whose tagged frames are dropped."""
+        return frozenset(() if self.config.audit else (port.name for port in ports))
+
+    def _drop_tagged_frames(self) -> None:
+        ports = self._no_tags(self._ports)
         try:
             tagged_frames.put(self.variant, ports)
             self._untagged, self.unguarded = ports, None
@@ -338,7 +343,7 @@ class Steering:
         if self._untagged is not None:
             found += tagged_frames.differences(self.variant, self._untagged)
         if found and repair:
-            self._drop_tagged_frames(frozenset(port.name for port in self._ports))
+            self._drop_tagged_frames()
             self._make_sets()
             adds, removals = ipset.change(wanted_sets, self._present_sets())
             ipset.restore(adds)
@@ -363,16 +368,7 @@ class Steering:
 
     def _options_for(self, not_pods: Iterable[str]) -> Options:
         names = tuple(sorted(name for name in not_pods if _SAFE_NAME.fullmatch(name)))
-        old = self._options
-        return Options(
-            old.marks,
-            old.queues,
-            old.fail_open,
-            old.offload,
-            old.strict,
-            old.veth_prefix,
-            names if old.strict else (),
-        )
+        return replace(self._options, not_pods=names if self._options.strict else ())
 
     def _rules(self, family: int) -> dict[str, TableRules]:
         return render(self._options, self._ports, family)

@@ -37,6 +37,14 @@ def deciding_rule(verdict: Verdict) -> tuple[Key, int] | None:
     return None
 
 
+def isolating(verdict: Verdict) -> tuple[Key, ...]:
+    """The policies of the end that denies for want of a rule, or would but for an audit."""
+    if verdict.direction is None or Reason.NO_RULE not in (verdict.reason, verdict.audited):
+        return ()
+    end = verdict.egress if verdict.direction is Direction.EGRESS else verdict.ingress
+    return end.pod.policies(verdict.direction) if end.pod is not None else ()
+
+
 def deciding_policy(verdict: Verdict) -> str | None:
     """`namespace/name` of the policy whose rule decided; None: no rule did."""
     found = deciding_rule(verdict)
@@ -66,7 +74,8 @@ def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -
     """One event as a JSON-ready record. `names`: the pods of this node by address.
 
     `policy` and `rule` are of the rule that decided; `egress` and `ingress` say the same of each end,
-    their `reason` null where that end was not asked.
+    their `reason` null where that end was not asked. `would_deny`: why it would be denied but for an audit.
+    `policies`: those that isolate the pod at the end that denies, or would.
     """
     verdict, packet, flow = event.verdict, event.packet, event.packet.flow
     policy, rule = deciding_rule(verdict) or (None, None)
@@ -76,9 +85,11 @@ def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -
         "ts": datetime.fromtimestamp(event.when_ns / 1e9, UTC).isoformat(timespec="microseconds"),
         "verdict": "allow" if verdict.allow else "deny",
         "reason": verdict.reason.text,
+        "would_deny": verdict.audited.text if verdict.audited is not Reason.NONE else None,
         "direction": str(verdict.direction) if verdict.direction else None,
         "policy": str(policy) if policy else None,
         "rule": rule,
+        "policies": [str(each) for each in isolating(verdict)],
         "src": format_address(flow.src) if flow.src else None,
         "src_port": flow.sport if flow.has_ports else None,
         "dst": format_address(flow.dst) if flow.dst else None,

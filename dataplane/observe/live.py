@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from dataplane._engine import Worker
+from dataplane.reasons import Reason
 from dataplane.verdict import Event
 
 # How much of the traffic becomes events; the values are the engine's capture levels.
@@ -192,4 +193,7 @@ class LiveVerdicts:
 
 def _captured(event: Event, capture: int) -> bool:
     """Whether a reader of this capture level is to see the event."""
-    return not event.verdict.allow or (capture == CAPTURE["misses"] and not event.verdict.cached)
+    verdict = event.verdict
+    return not verdict.allow or (
+        not verdict.cached and (capture == CAPTURE["misses"] or verdict.reason is Reason.AUDIT)
+    )

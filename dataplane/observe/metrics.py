@@ -87,6 +87,20 @@ FAMILIES = (
         f" where rules of several policies do, the first by name counts. {_OTHER}",
         ("namespace", "policy", "direction"),
     ),
+    Family(
+        _COUNTER,
+        "podgate_pod_audited_packets",
+        "Packets at this pod's end that would be denied but for an audit, counted when they were looked up:"
+        f" about one for each flow; what has no flow, every time. {_OTHER}",
+        ("namespace", "pod", "direction", "reason"),
+    ),
+    Family(
+        _COUNTER,
+        "podgate_policy_audited_packets",
+        "The same, of packets that no rule allowed, at pods that this policy isolates; a packet counts for"
+        f" each policy that isolates the pod in that direction. {_OTHER}",
+        ("namespace", "policy", "direction"),
+    ),
     # --- queues and flow cache
     Family(_GAUGE, "podgate_queue_depth", "Packets that wait for a verdict.", ("queue",)),
     Family(

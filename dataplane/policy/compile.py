@@ -25,7 +25,9 @@ class PodEntry:
     belongs to, 0 for a routed pod: the engine then finds it by its address where a packet only names
     the bridge. `branch`: on a branch interface (security groups for pods), whose way out of the node
     is the interface with index `uplink` (0: not known). `unknown`: strict mode, no policy has been
-    read for it yet, so nothing but own-node traffic passes.
+    read for it yet, so nothing but own-node traffic passes. `audit`: directions in which what no rule
+    allows passes all the same, with the reason `audit`. `ingress_policies`, `egress_policies`: which isolate
+    it.
     """
 
     key: Key
@@ -38,11 +40,18 @@ class PodEntry:
     unknown: bool = False
     bridge: int = 0
     uplink: int = 0
+    audit: frozenset[Direction] = frozenset()
+    ingress_policies: tuple[Key, ...] = field(default=(), repr=False)
+    egress_policies: tuple[Key, ...] = field(default=(), repr=False)
 
     def rule(self, direction: Direction, rule_id: int) -> tuple[Key, Rule] | None:
         """The policy and rule behind a rule id of one of its directions; None for id -1, no rule."""
         rules = self.egress if direction is Direction.EGRESS else self.ingress
         return rules.rules[rule_id] if rules is not None and rule_id >= 0 else None
+
+    def policies(self, direction: Direction) -> tuple[Key, ...]:
+        """The policies that isolate it in a direction, sorted; none in strict mode's own isolation."""
+        return self.egress_policies if direction is Direction.EGRESS else self.ingress_policies
 
 
 class Compiler:

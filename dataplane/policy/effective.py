@@ -12,9 +12,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 from dataplane.model import Direction, Key, Pod, PolicyEndpoint, Rule, Snapshot
+from dataplane.policy.audit import AuditModes
 from dataplane.policy.changes import differences
 from dataplane.policy.subjects import Group, Subjects, group_of
 
@@ -58,7 +60,8 @@ class PodRules:
 
     `addresses` are packed and sorted, IPv4 first. It is empty when nothing usable is known, or when
     every address has gone to a newer pod: the pod's isolation stands all the same. `object` is its Pod
-    object, where one is known.
+    object, where one is known. `audit`: the directions in which all policies that isolate it are in audit,
+    so that what no rule allows is let through. `ingress_policies`, `egress_policies`: which isolate it.
     """
 
     pod: Key
@@ -66,6 +69,9 @@ class PodRules:
     ingress: DirectionRules | None
     egress: DirectionRules | None
     object: Pod | None = field(default=None, repr=False)
+    audit: frozenset[Direction] = frozenset()
+    ingress_policies: tuple[Key, ...] = field(default=(), repr=False)
+    egress_policies: tuple[Key, ...] = field(default=(), repr=False)
 
     @property
     def isolated(self) -> bool:
@@ -116,7 +122,7 @@ def changed_pods(old: Mapping[Key, PodRules], new: Mapping[Key, PodRules]) -> se
 
 def _judged_by(pod: PodRules) -> tuple[object, ...]:
     """All that verdicts depend on; a Pod object may change in labels that none does."""
-    return pod.addresses, pod.ingress, pod.egress
+    return pod.addresses, pod.ingress, pod.egress, pod.audit
 
 
 class Effective:
@@ -134,6 +140,7 @@ class Effective:
         self._groups: dict[Key, frozenset[Group]] = {}  # that select each pod of this node
         self._selected: defaultdict[Group, set[Key]] = defaultdict(set)  # the same the other way round
         self._joined: dict[Group, _Joined] = {}  # of groups that select a pod of this node
+        self._audit = AuditModes()
         self._interned: WeakKeyDictionary[DirectionRules, ref[DirectionRules]] = WeakKeyDictionary()
         self._pods: dict[Key, PodRules] = {}
 
@@ -146,11 +153,16 @@ class Effective:
         """What `effective_rules` says of `snapshot`: the very result of the last time if nothing changed."""
         slices = differences(self._snapshot.policy_endpoints, snapshot.policy_endpoints)
         pods = differences(self._snapshot.pods, snapshot.pods)
+        was, self._audit = self._audit, self._audit.of(self._snapshot, snapshot)
         self._snapshot = snapshot
         changed = self._subjects.update(slices, pods)
+        if self._audit is not was:
+            for group, selected in self._selected.items():
+                if was.covers(group[0]) != self._audit.covers(group[0]):
+                    changed |= selected
         for group in self._take_slices(*slices):
             changed |= self._selected.get(group, set())
-        united: dict[tuple[frozenset[Group], Direction], DirectionRules | None] = {}
+        united: dict[tuple[frozenset[Group], Direction], _United] = {}
         news: dict[Key, PodRules | None] = {}
         for key in changed:
             pod = self._pod(key, united)
@@ -181,9 +193,7 @@ class Effective:
                     del self._parts[group[0]]
         return changed
 
-    def _pod(
-        self, key: Key, united: dict[tuple[frozenset[Group], Direction], DirectionRules | None]
-    ) -> PodRules | None:
+    def _pod(self, key: Key, united: dict[tuple[frozenset[Group], Direction], _United]) -> PodRules | None:
         """What holds for one pod now; None when it is not of this node. `united`: what this update made."""
         subject = self._subjects.find(key)
         self._select(key, subject.groups if subject is not None else frozenset())
@@ -193,12 +203,16 @@ class Effective:
             # Most pods of a node are selected by the same few policies: each set is united once.
             if (subject.groups, direction) not in united:
                 united[subject.groups, direction] = self._unite(subject.groups, direction)
+        sides = {direction: united[subject.groups, direction] for direction in Direction}
         return PodRules(
             key,
             subject.addresses,
-            united[subject.groups, Direction.INGRESS],
-            united[subject.groups, Direction.EGRESS],
+            sides[Direction.INGRESS].rules,
+            sides[Direction.EGRESS].rules,
             subject.object,
+            frozenset([direction for direction, side in sides.items() if side.audit]),
+            sides[Direction.INGRESS].policies,
+            sides[Direction.EGRESS].policies,
         )
 
     def _select(self, key: Key, groups: frozenset[Group]) -> None:
@@ -214,13 +228,15 @@ class Effective:
                 del self._selected[group]
                 self._joined.pop(group, None)
 
-    def _unite(self, groups: frozenset[Group], direction: Direction) -> DirectionRules | None:
+    def _unite(self, groups: frozenset[Group], direction: Direction) -> _United:
         # Rules for a direction that their own policy does not isolate mean nothing (policyTypes of a
         # NetworkPolicy): they must not open what another policy closes.
         isolating = [group for group in groups if direction in self._join(group).isolates]
         if not isolating:
-            return None
+            return _United(None, audit=False, policies=())
         isolating.sort(key=lambda group: (group[0], group[1] or ""))
+        policies = tuple(dict.fromkeys([group[0] for group in isolating]))
+        audit = all(map(self._audit.covers, policies))
         rules = DirectionRules(
             tuple(chain.from_iterable(self._join(group).rules[direction] for group in isolating))
         )
@@ -228,14 +244,22 @@ class Effective:
         same = known() if known is not None else None
         if same is None:
             self._interned[rules] = ref(rules)
-            return rules
-        return same
+            same = rules
+        return _United(same, audit, policies)
 
     def _join(self, group: Group) -> _Joined:
         joined, slices = self._joined.get(group), self._slices[group]
         if joined is None or joined.slices is not slices:
             joined = self._joined[group] = _Joined(slices, joined)
         return joined
+
+
+class _United(NamedTuple):
+    """All policies of one pod in one direction."""
+
+    rules: DirectionRules | None
+    audit: bool  # all that isolate are in audit
+    policies: tuple[Key, ...]  # that isolate
 
 
 class _Joined:

@@ -226,6 +226,7 @@ def describe_rules(table: RuleTable, pod: int) -> dict[str, Any]:
             answer[direction] = None
             continue
         answer[direction] = {
+            "audit": direction in entry.audit,
             "rules": [{"policy": str(policy), **describe_rule(rule)} for policy, rule in rules.rules],
             "intervals": [
                 {
@@ -250,7 +251,16 @@ def describe_rules(table: RuleTable, pod: int) -> dict[str, Any]:
 def table_of_everything(snapshot: Snapshot, compiler: Compiler) -> RuleTable:
     """One table with every pod the objects name, whatever its node, behind made-up devices."""
     entries = [
-        PodEntry(key, pod.addresses, (device,), pod.ingress, pod.egress)
+        PodEntry(
+            key,
+            pod.addresses,
+            (device,),
+            pod.ingress,
+            pod.egress,
+            audit=pod.audit,
+            ingress_policies=pod.ingress_policies,
+            egress_policies=pod.egress_policies,
+        )
         for device, (key, pod) in enumerate(effective_rules(snapshot, None).items(), start=1)
     ]
     return compiler.table(1, entries, ())

@@ -44,8 +44,9 @@ class Explainer:
         """What `podgate explain -o json` prints of a packet; arguments as its options have them.
 
         Besides the verdict: each end's isolating policies; of an end that a rule allows, where that is
-        written; of one that is denied, why each candidate rule did not match (`everything`: all of
-        them, else the nearest) and a policy that would allow it; and notes on what was asked.
+        written; of one that is denied, or would be but for an audit, why each candidate rule did not match
+        (`everything`: all of them, else the nearest) and a policy that would allow it; and notes on what
+        was asked.
         """
         ends = {
             Direction.EGRESS: find_peer(source, self._pods, self._known, "--from"),
@@ -76,7 +77,7 @@ class Explainer:
                     pod, direction, peer, number, asked.number, policy, end["rule"]["index"]
                 )
                 end["field"] = written.field
-            elif end["reason"] == Reason.NO_RULE.text:
+            elif end["reason"] in (Reason.NO_RULE.text, Reason.AUDIT.text):
                 shown = None if everything else SHOWN
                 why = self._whys.denied(pod, direction, peer, number, asked.number, shown)
                 end["candidates"] = [_describe_candidate(each, names) for each in why.candidates]

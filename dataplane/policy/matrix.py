@@ -22,6 +22,7 @@ from dataplane.policy.effective import isolating_policies
 from dataplane.policy.explain import ICMP, Peer, Port, known_pods, table_of_everything
 from dataplane.reachability import (
     ALLOWED,
+    AUDITED,
     BOTH_DENIED,
     EGRESS_DENIED,
     INGRESS_DENIED,
@@ -35,9 +36,16 @@ from dataplane.reasons import Reason
 
 COMMON_PORTS = 3
 _NOBODY: frozenset[bytes] = frozenset()
-# A cell as a number: 1, the egress end denies, plus 2, the ingress end denies.
+# A cell as a number: 1, the egress end denies, plus 2, the ingress end denies, plus 4, an end in audit would.
+_AUDIT = 4
 _MARKS = bytes.maketrans(
-    bytes(range(4)), "".join((ALLOWED, EGRESS_DENIED, INGRESS_DENIED, BOTH_DENIED)).encode()
+    bytes(range(8)),
+    "".join(
+        [
+            *(ALLOWED, EGRESS_DENIED, INGRESS_DENIED, BOTH_DENIED),
+            *(AUDITED, EGRESS_DENIED, INGRESS_DENIED, BOTH_DENIED),
+        ]
+    ).encode(),
 )
 
 
@@ -50,13 +58,14 @@ class _End:
     ingress: RuleSet | None = None
     egress: RuleSet | None = None
     node_ips: frozenset[bytes] = _NOBODY
+    audit: frozenset[Direction] = frozenset()
 
     def rules(self, direction: Direction) -> RuleSet | None:
         return self.ingress if direction is Direction.INGRESS else self.egress
 
 
-# What two ends must have in common to have one line: rule set, own node, and being somebody's node.
-_LineKey = tuple[bool, RuleSet | None, frozenset[bytes], bytes | None]
+# What two ends must have in common to have one line: rule set, audit, own node, and being somebody's node.
+_LineKey = tuple[bool, RuleSet | None, bool, frozenset[bytes], bytes | None]
 
 
 def reachability(
@@ -172,7 +181,8 @@ def _first_family(snapshot: Snapshot, pods: dict[Key, Peer], peers: dict[Key, Pe
 def _pod_end(place: Place, peer: Peer, table: RuleTable, index: int | None) -> _End:
     if index is None:
         return _End(place, judged=False)
-    return _End(place, True, table.ingress(index), table.egress(index), peer.node_ips)
+    audit = table.pods[index].audit
+    return _End(place, True, table.ingress(index), table.egress(index), peer.node_ips, audit)
 
 
 def _external_ends(externals: Sequence[str], family: int, pods: Iterable[_End]) -> list[_End]:
@@ -199,7 +209,7 @@ class _Verdicts:
     def __init__(self) -> None:
         self.all: list[EndVerdict] = []
         self._numbers: dict[EndVerdict, int] = {}
-        self._of_rules: dict[RuleSet, dict[int, int]] = defaultdict(dict)
+        self._of_rules: dict[tuple[RuleSet, bool], dict[int, int]] = defaultdict(dict)
 
     def number(self, verdict: EndVerdict) -> int:
         number = self._numbers.setdefault(verdict, len(self.all))
@@ -207,15 +217,15 @@ class _Verdicts:
             self.all.append(verdict)
         return number
 
-    def of_rules(self, rules: RuleSet, found: Iterable[int]) -> list[int]:
+    def of_rules(self, rules: RuleSet, audit: bool, found: Iterable[int]) -> list[int]:
         """The numbers of what `RuleSet.find` answered."""
-        known = self._of_rules[rules]
+        known = self._of_rules[rules, audit]
         numbers = []
         for rule_id in found:
             number = known.get(rule_id)
             if number is None:
                 verdict = (
-                    EndVerdict(Reason.NO_RULE)
+                    EndVerdict(Reason.AUDIT if audit else Reason.NO_RULE)
                     if rule_id < 0
                     else EndVerdict(Reason.POLICY_RULE, *rule_of(rules, rule_id))
                 )
@@ -237,28 +247,31 @@ class _Side:
         of = []
         for end in ends:
             address = end.place.address if end.place.address in nodes else None
-            key = (end.judged, end.rules(direction), end.node_ips & seen, address)
+            audit = direction in end.audit
+            key = (end.judged, end.rules(direction), audit, end.node_ips & seen, address)
             of.append(keys.setdefault(key, len(keys)))
         self._of = tuple(of)
         self._keys = tuple(keys)
 
     def lines(self, protocol: int, port: int) -> Lines:
         """What they answer at (IP protocol number, port)."""
-        answers: dict[RuleSet, list[int]] = {}
+        answers: dict[tuple[RuleSet, bool], list[int]] = {}
         return Lines(self._of, tuple(tuple(self._line(key, protocol, port, answers)) for key in self._keys))
 
-    def _line(self, key: _LineKey, protocol: int, port: int, answers: dict[RuleSet, list[int]]) -> list[int]:
-        judged, rules, node_ips, address = key
+    def _line(
+        self, key: _LineKey, protocol: int, port: int, answers: dict[tuple[RuleSet, bool], list[int]]
+    ) -> list[int]:
+        judged, rules, audit, node_ips, address = key
         if rules is None:
             reason = Reason.NOT_ISOLATED if judged else Reason.NOT_A_POD
             line = [self._verdicts.number(EndVerdict(reason))] * len(self._ends)
         else:
-            if rules not in answers:
+            if (rules, audit) not in answers:
                 find = rules.find
-                answers[rules] = self._verdicts.of_rules(
-                    rules, [find(peer, protocol, port) for peer in self._addresses]
+                answers[rules, audit] = self._verdicts.of_rules(
+                    rules, audit, [find(peer, protocol, port) for peer in self._addresses]
                 )
-            line = answers[rules]
+            line = answers[rules, audit]
         if node_ips or address is not None:
             # Packets between a pod and its own node do not pass FORWARD: nobody judges them.
             own = self._verdicts.number(EndVerdict(Reason.OWN_NODE))
@@ -272,10 +285,12 @@ class _Side:
 def _marks(
     ends: Sequence[_End], egress: Lines, ingress: Lines, verdicts: Sequence[EndVerdict]
 ) -> tuple[str, ...]:
-    denied = [not verdict.allow for verdict in verdicts]
-    sent = [bytes(map(denied.__getitem__, line)) for line in egress.lines]
+    audited = [_AUDIT if verdict.reason is Reason.AUDIT else 0 for verdict in verdicts]
+    at_egress = [audit or 1 - verdict.allow for audit, verdict in zip(audited, verdicts, strict=True)]
+    at_ingress = [audit or 2 - 2 * verdict.allow for audit, verdict in zip(audited, verdicts, strict=True)]
+    sent = [bytes(map(at_egress.__getitem__, line)) for line in egress.lines]
     # By source, then by distinct ingress line: what a row needs lies together.
-    received = zip(*([2 * denied[number] for number in line] for line in ingress.lines), strict=True)
+    received = zip(*([at_ingress[number] for number in line] for line in ingress.lines), strict=True)
     size = len(ends)
     outside = next((index for index, end in enumerate(ends) if end.place.pod is None), size)
     rows = []

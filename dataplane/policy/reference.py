@@ -57,6 +57,8 @@ def judge_end(pod: PodRules | None, direction: Direction, peer: bytes, protocol:
     for policy, rule in rules.rules:
         if matches(rule, peer, protocol, port):
             return Decision(True, Reason.POLICY_RULE, policy, rule)
+    if direction in pod.audit:
+        return Decision(True, Reason.AUDIT)
     return Decision(False, Reason.NO_RULE)
 
 
@@ -88,7 +90,7 @@ def judge_flow(
     if not ingress.allow:
         return FlowDecision(False, ingress.reason, egress, ingress)
     reasons = {egress.reason, ingress.reason}
-    for reason in (Reason.POLICY_RULE, Reason.NOT_ISOLATED):
+    for reason in (Reason.AUDIT, Reason.POLICY_RULE, Reason.NOT_ISOLATED):
         if reason in reasons:
             return FlowDecision(True, reason, egress, ingress)
     return FlowDecision(True, Reason.NOT_A_POD, egress, ingress)

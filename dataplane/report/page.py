@@ -28,6 +28,7 @@ from dataplane.addresses import format_address
 from dataplane.model import Direction, Key, Snapshot
 from dataplane.reachability import (
     ALLOWED,
+    AUDITED,
     BOTH_DENIED,
     EGRESS_DENIED,
     INGRESS_DENIED,
@@ -40,7 +41,14 @@ from dataplane.report.explanations import Explanations, Texts, explanations
 
 # As the page's script numbers what a cell can be. 4 is a place and itself.
 _STATES = str.maketrans(
-    {ALLOWED: "\0", EGRESS_DENIED: "\1", INGRESS_DENIED: "\2", BOTH_DENIED: "\3", NOT_JUDGED: "\5"}
+    {
+        ALLOWED: "\0",
+        AUDITED: "\0",
+        EGRESS_DENIED: "\1",
+        INGRESS_DENIED: "\2",
+        BOTH_DENIED: "\3",
+        NOT_JUDGED: "\5",
+    }
 )
 _ITSELF = 4
 # What a reader cannot see, or what would turn the text around it: control and format characters (bidi
@@ -50,11 +58,13 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _EGRESS = {
     Reason.POLICY_RULE: "A rule of its policies lets it send there.",
     Reason.NO_RULE: "It is isolated for egress, and no rule of its policies lets it send there.",
+    Reason.AUDIT: "No rule of its policies lets it send there. It may all the same: they are in audit.",
     Reason.NOT_ISOLATED: "No policy isolates it for egress, so it may send anything.",
 }
 _INGRESS = {
     Reason.POLICY_RULE: "A rule of its policies lets this in.",
     Reason.NO_RULE: "It is isolated for ingress, and no rule of its policies lets this in.",
+    Reason.AUDIT: "No rule of its policies lets this in. It comes in all the same: they are in audit.",
     Reason.NOT_ISOLATED: "No policy isolates it for ingress, so it may receive anything.",
 }
 _EITHER = {

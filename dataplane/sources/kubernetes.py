@@ -29,7 +29,7 @@ from dataplane.sources.kubernetes_feed import (
     PodReducer,
     PolicyOutlet,
     needed_service,
-    policy_name,
+    told_namespace,
 )
 from dataplane.sources.kubernetes_slices import Slices
 from dataplane.sources.kubernetes_watch import Raw, Receiver, Resource, Timing, Watch
@@ -238,7 +238,7 @@ class KubernetesSource:
             case Resolve.ALWAYS:
                 return resolving
             case Resolve.NEVER:
-                return {"policyendpoints", pods}
+                return {"policyendpoints", "policy names", "namespace modes", pods}
         if self._definition.served is None:
             return set()
         if not self._definition.served:
@@ -247,7 +247,7 @@ class KubernetesSource:
         # has just been installed takes its time, and policies must not be without effect meanwhile.
         if self._resolving and (not self._listed("policyendpoints") or self._without_endpoints()):
             return {*resolving, "policyendpoints"}
-        return {"policyendpoints", "policy names", pods}
+        return {"policyendpoints", "policy names", "namespace modes", pods}
 
     def _listed(self, name: str) -> bool:
         return name in self._feeds and self._feeds[name].watch.synced
@@ -263,13 +263,17 @@ class KubernetesSource:
             case "networkpolicies" | "policy names":
                 whole = name == "networkpolicies"
                 resource = NETWORK_POLICIES
-                policies = PolicyOutlet(self._store, f"kubernetes {resource}", names_only=not whole)
-                outlet = policies
-                read = networkpolicy.network_policy if whole else policy_name
-                receiver = Decoder(policies, "NetworkPolicy", read)
-            case "namespaces":
+                outlet = PolicyOutlet(self._store, f"kubernetes {resource}")
+                if whole:
+                    receiver = Decoder(outlet, "NetworkPolicy", networkpolicy.network_policy)
+                else:
+                    receiver = Decoder(outlet, "NetworkPolicy", networkpolicy.policy_head)
+            case "namespaces" | "namespace modes":
                 resource, outlet = NAMESPACES, Outlet(self._store, f"kubernetes {NAMESPACES}")
-                receiver = Decoder(outlet, "Namespace", networkpolicy.namespace)
+                if name == "namespaces":
+                    receiver = Decoder(outlet, "Namespace", networkpolicy.namespace)
+                else:
+                    receiver = Decoder(outlet, "Namespace", networkpolicy.namespace, told_namespace)
             case "services":
                 resource, outlet = SERVICES, Outlet(self._store, f"kubernetes {SERVICES}")
                 receiver = Decoder(outlet, "Service", networkpolicy.service, needed_service)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from sys import intern
 from typing import Any, TypeVar
 
-from dataplane.model import Key, NetworkPolicy, Pod, Problem, Service
+from dataplane.model import ANNOTATION_MODE, Key, Namespace, Pod, PolicyHead, Problem, Service
 from dataplane.sources.fields import identity as name_of
 from dataplane.sources.kubernetes_watch import Raw
 from dataplane.sources.store import KubernetesObject, Store
@@ -102,23 +102,27 @@ class PodOutlet(Outlet):
 
 
 class PolicyOutlet(Outlet):
-    """Knows besides when each NetworkPolicy was first seen. `names_only`: the store gets none of them."""
+    """Knows besides when each NetworkPolicy was first seen.
 
-    def __init__(self, store: Store, origin: str, *, names_only: bool) -> None:
+    Of heads the store gets only those that say something.
+    """
+
+    def __init__(self, store: Store, origin: str) -> None:
         super().__init__(store, origin)
         self.seen: dict[Key, float] = {}  # time.monotonic()
-        self._names_only = names_only
 
     def replace(self, everything: dict[str, Decoded]) -> None:
         now = time.monotonic()
         policies = map(_policy_key, everything)
         self.seen = {policy: self.seen.get(policy, now) for policy in policies}
-        super().replace({} if self._names_only else everything)
+        super().replace({name: decoded for name, decoded in everything.items() if _says(*decoded)})
 
     def put(self, name: str, item: KubernetesObject | None, problems: tuple[Problem, ...] = ()) -> None:
         self.seen.setdefault(_policy_key(name), time.monotonic())
-        if not self._names_only:
+        if _says(item, problems):
             super().put(name, item, problems)
+        else:
+            super().delete(name)
 
     def delete(self, name: str) -> None:
         self.seen.pop(_policy_key(name), None)
@@ -216,10 +220,13 @@ def needed_service(service: Service) -> Service | None:
     return service if service.selector and service.cluster_ips else None
 
 
-def policy_name(raw: object, _source: str) -> tuple[NetworkPolicy | None, list[Problem]]:
-    """A NetworkPolicy of which nothing but its name is read."""
-    key = _policy_key(name_of("NetworkPolicy", raw))
-    return NetworkPolicy(key), []
+def told_namespace(namespace: Namespace) -> Namespace | None:
+    """A Namespace that says whether its policies are in audit."""
+    return namespace if ANNOTATION_MODE in namespace.annotations else None
+
+
+def _says(item: KubernetesObject | None, problems: tuple[Problem, ...]) -> bool:
+    return not isinstance(item, PolicyHead) or bool(item.annotations) or bool(problems)
 
 
 def _policy_key(name: str) -> Key:

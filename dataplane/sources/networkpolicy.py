@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from dataplane.model import (
+    ANNOTATION_MODE,
     EVERYTHING,
     Direction,
     IPBlock,
@@ -24,6 +25,7 @@ from dataplane.model import (
     NetworkPolicyPort,
     NetworkPolicyRule,
     Operator,
+    PolicyHead,
     Problem,
     Requirement,
     Service,
@@ -92,7 +94,7 @@ def namespace(raw: object, source: str) -> tuple[Namespace | None, list[Problem]
         metadata = map_of(map_of(raw, ""), "", "metadata")
         name = name_of(metadata, "metadata", "name", LABEL)
         report.object = f"Namespace {name}"
-        found = Namespace(name, labels_of(metadata, report))
+        found = Namespace(name, labels_of(metadata, report), _annotations(metadata, report))
     except BadFieldError as bad:
         report.add(bad.field, bad.reason)
         found = None
@@ -111,6 +113,30 @@ def service(raw: object, source: str) -> tuple[Service | None, list[Problem]]:
         report.add(bad.field, bad.reason)
         found = None
     return found, report.finish()
+
+
+def policy_head(raw: object, source: str) -> tuple[PolicyHead | None, list[Problem]]:
+    """The name and the annotations of a networking.k8s.io/v1 NetworkPolicy; None when it has no name."""
+    report = Report(source)
+    try:
+        metadata = map_of(map_of(raw, ""), "", "metadata")
+        key = key_of(metadata)
+        report.object = f"NetworkPolicy {key}"
+        found = PolicyHead(key, _annotations(metadata, report))
+    except BadFieldError as bad:
+        report.add(bad.field, bad.reason)
+        found = None
+    return found, report.finish()
+
+
+def _annotations(metadata: Mapping[object, object], report: Report) -> dict[str, str]:
+    found = annotations_of(metadata, report)
+    mode = found.get(ANNOTATION_MODE)
+    if mode not in (None, "audit", "enforce"):
+        reason = f"must be audit or enforce, not {show(mode)}; it is not used"
+        report.add(f"metadata.annotations[{ANNOTATION_MODE}]", reason)
+        del found[ANNOTATION_MODE]
+    return found
 
 
 # --- NetworkPolicy ----------------------------------------------------------------------------------
@@ -134,7 +160,7 @@ def _network_policy(raw: object, report: Report) -> NetworkPolicy:
         ingress=_rules(spec, "ingress", "from", report),
         egress=_rules(spec, "egress", "to", report),
         uid=optional(metadata, "metadata", "uid", text_of, report) or "",
-        annotations=annotations_of(metadata, report),
+        annotations=_annotations(metadata, report),
         left_open=tuple(_left_open(spec)),
     )
 

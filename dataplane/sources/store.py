@@ -23,10 +23,19 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
-from dataplane.model import Namespace, NetworkPolicy, Pod, PolicyEndpoint, Problem, Service, Snapshot
+from dataplane.model import (
+    Namespace,
+    NetworkPolicy,
+    Pod,
+    PolicyEndpoint,
+    PolicyHead,
+    Problem,
+    Service,
+    Snapshot,
+)
 
-KubernetesObject = PolicyEndpoint | Pod | NetworkPolicy | Namespace | Service
-_T = TypeVar("_T", PolicyEndpoint, Pod, NetworkPolicy, Namespace, Service)
+KubernetesObject = PolicyEndpoint | Pod | NetworkPolicy | PolicyHead | Namespace | Service
+_T = TypeVar("_T", PolicyEndpoint, Pod, NetworkPolicy, PolicyHead, Namespace, Service)
 
 _KEPT = "its last good version stays in force"
 _LOST = "it is not in force"
@@ -37,6 +46,8 @@ def identity(item: KubernetesObject) -> str:
     """`Kind namespace/name`, or `Namespace name`, as `Problem.object` names it."""
     if isinstance(item, Namespace):
         return f"Namespace {item.name}"
+    if isinstance(item, PolicyHead):
+        return f"NetworkPolicy {item.key}"
     return f"{type(item).__name__} {item.key}"
 
 
@@ -91,7 +102,7 @@ class Store:
 
     `wait_change` returns once no further change came for `quiet` seconds, at the latest `limit`
     seconds after the first one: slices of one policy change arrive one after another. Objects of
-    the kinds `without` are not taken up.
+    the kinds `without` are not taken up; of a NetworkPolicy its head still is.
     """
 
     def __init__(
@@ -127,9 +138,12 @@ class Store:
         old = self._origins.get(origin) or _Origin()
         new = _Origin()
         repeated: set[str] = set()
-        for item in objects:
-            if isinstance(item, self._without):
-                continue
+        for given in objects:
+            item = given
+            if isinstance(given, self._without):
+                if not isinstance(given, NetworkPolicy):
+                    continue
+                item = PolicyHead(given.key, given.annotations)
             name = identity(item)
             if new.given.get(name, item) != item:
                 repeated.add(name)
@@ -202,8 +216,12 @@ class Store:
                 self._in_force.pop(name, None)
             elif now is not before:
                 self._in_force[name] = now
-            if now is not before and (item := now or before) is not None:
-                changes[type(item)][item.name if isinstance(item, Namespace) else item.key] = now
+            if now is before:
+                continue
+            # An object may come back as another kind: a NetworkPolicy as its head.
+            for item, after in ((before, None), (now, now)):
+                if item is not None:
+                    changes[type(item)][item.name if isinstance(item, Namespace) else item.key] = after
         self._dirty.clear()
         for kind, changed in changes.items():
             self._kinds[kind].update(changed)
@@ -214,6 +232,7 @@ class Store:
             network_policies=self._kinds[NetworkPolicy].objects(NetworkPolicy),
             namespaces=self._kinds[Namespace].objects(Namespace),
             services=self._kinds[Service].objects(Service),
+            policy_heads=self._kinds[PolicyHead].objects(PolicyHead),
             problems=self._problems,
         )
 

@@ -29,6 +29,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from dataplane._engine cimport judge_flow, verdict_t
+from dataplane._reasons cimport R_AUDIT
 from dataplane._netlink cimport (
     AF_NETLINK, connect, get_u16, get_u32, htonl, MSG_DONTWAIT, NETLINK_CAP_ACK, NETLINK_NETFILTER,
     NETLINK_NO_ENOBUFS, NFGEN_HEADER, NFNETLINK_V0, NLA_TYPE_BITS, NLM_F_REQUEST, NLMSG_ERROR,
@@ -122,6 +123,7 @@ cdef struct sweep_t:
     size_t n_keys
     uint64_t seen
     uint64_t cleared
+    uint64_t audited              # of those: let through by an audit
     uint64_t gone
     uint8_t *read_buffer
     uint8_t *write_buffer
@@ -397,8 +399,10 @@ cdef int visit(sweep_t *s, const entry_t *entry) noexcept nogil:
     s.seen += 1
     if s.table != NULL and readable:
         judge_flow(s.table, &flow, &verdict)
-        if verdict.allow:
+        # What only an audit lets through is judged anew, and told, after each change that concerns it.
+        if verdict.allow and verdict.reason != R_AUDIT:
             return 0
+        s.audited += verdict.allow
     # A flow that cannot be read cannot be allowed; without its tuple it cannot be named either.
     if entry.tuple == NULL or entry.tuple_size > TUPLE_MAX:
         return 0
@@ -599,7 +603,7 @@ def sweep(RuleTable table, unsigned int egress, unsigned int ingress, addresses)
         raise failure(status, "dump")
     if session.s.error:
         raise failure(session.s.error, "update")
-    return session.s.seen, session.s.cleared - session.s.gone
+    return session.s.seen, session.s.cleared - min(session.s.gone + session.s.audited, session.s.cleared)
 
 
 def has_few_flows():

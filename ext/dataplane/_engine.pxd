@@ -40,6 +40,7 @@ cdef struct verdict_t:
     uint8_t direction             # direction_t: the end that decided
     uint8_t bits                  # offload_bit_t: ends judged; only meaningful when allow
     uint8_t cached                # 1: from the flow cache
+    uint8_t audited               # reason_t: why it would be denied but for the audit; R_NONE: it would not
     uint8_t egress_reason         # reason_t of each end; R_NONE: not reached
     uint8_t ingress_reason
     int32_t egress_rule           # rule id in the pod's RuleSet, -1: none
@@ -58,7 +59,7 @@ cdef struct event_t:
 
 cdef enum capture_t:              # which packets become events
     CAPTURE_NONE = 0
-    CAPTURE_DENIED = 1
+    CAPTURE_DENIED = 1            # and what only an audit lets through, when it is evaluated
     CAPTURE_MISSES = 2            # denied, and allowed ones that were evaluated rather than cached
     CAPTURE_ALL = 3
     CAPTURE_LEVEL = 3             # the bits of the level
@@ -86,6 +87,7 @@ cdef struct worker_t:
     uint64_t *tally               # the table's tally of our lane, like `table`
     uint32_t lane                 # no other worker of the publisher has it
     uint8_t observer              # 1: its packets pass whatever the rules say, and are counted nowhere else
+    uint8_t audit                 # 1: nothing is denied; what would be has the reason R_AUDIT
 
 cdef void worker_enter(worker_t *worker) noexcept nogil
 cdef void worker_leave(worker_t *worker) noexcept nogil

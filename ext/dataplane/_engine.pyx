@@ -12,6 +12,9 @@ Order of checks, and what each answers:
  6. the flow cache, then the rules of both ends.
 
 1 to 5 are decided per packet, so what the cache holds depends on its key alone.
+
+An end in audit, that is whose isolating policies all are, denies nothing: what none of its rules allows
+passes with the reason `audit`. A worker in audit lets everything pass that 1 to 6 deny.
 """
 cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
@@ -21,14 +24,15 @@ from libc.string cimport memcpy, memset
 
 from dataplane._packet cimport (PKT_FIRST_FRAGMENT, PKT_ICMP_ERROR, PKT_ND, addr_t, decode, flow_to_python,
                                 flow_t, packet_t, unpack_address)
-from dataplane._reasons cimport (R_COUNT, R_NEIGHBOUR_DISCOVERY, R_NO_RULE, R_NO_TABLE, R_NONE,
+from dataplane._reasons cimport (R_AUDIT, R_COUNT, R_NEIGHBOUR_DISCOVERY, R_NO_RULE, R_NO_TABLE, R_NONE,
                                  R_NOT_A_POD, R_NOT_ISOLATED, R_OWN_NODE, R_POLICY_RULE, R_RELATED, R_REPLY,
                                  R_SAME_POD, R_SPOOFED, reason_t)
-from dataplane._rules cimport (MAX_LANES, POD_BRANCH, POD_EGRESS_ISOLATED, POD_INGRESS_ISOLATED,
-                               POD_SPOOF_CHECK, POD_UNKNOWN, SIDE_EGRESS, SIDE_INGRESS, TALLY_ALLOWED,
-                               TALLY_NO_RULE, TALLY_NO_TABLE, TALLY_OUTCOMES, TALLY_SPOOFED, RuleTable,
-                               pod_t, ruleset_find, table_is_own_node, table_pod_by_address,
-                               table_pod_by_device, table_pod_has_address, table_t)
+from dataplane._rules cimport (MAX_LANES, POD_BRANCH, POD_EGRESS_AUDIT, POD_EGRESS_ISOLATED,
+                               POD_INGRESS_AUDIT, POD_INGRESS_ISOLATED, POD_SPOOF_CHECK, POD_UNKNOWN,
+                               SIDE_EGRESS, SIDE_INGRESS, TALLY_ALLOWED, TALLY_NO_RULE, TALLY_NO_TABLE,
+                               TALLY_OUTCOMES, TALLY_SPOOFED, RuleTable, pod_t, ruleset_find,
+                               table_is_own_node, table_pod_by_address, table_pod_by_device,
+                               table_pod_has_address, table_t)
 from dataplane._flows cimport (cache_find, cache_free, cache_new, cache_put, cache_t, flow_key_t,
                                flow_value_t)
 
@@ -128,6 +132,7 @@ cdef inline uint8_t judge_end(const table_t *table, int32_t pod, uint32_t isolat
                               int32_t *rule) noexcept nogil:
     cdef const pod_t *p
     cdef uint16_t port = flow.dport if flow.has_ports else 0
+    cdef uint32_t audit
     if pod < 0:
         return R_NOT_A_POD
     p = &table.pods[pod]
@@ -137,9 +142,18 @@ cdef inline uint8_t judge_end(const table_t *table, int32_t pod, uint32_t isolat
         return R_NOT_ISOLATED
     if isolated == POD_EGRESS_ISOLATED:
         rule[0] = ruleset_find(p.egress, flow.family, &flow.dst, flow.protocol, port)
+        audit = POD_EGRESS_AUDIT
     else:
         rule[0] = ruleset_find(p.ingress, flow.family, &flow.src, flow.protocol, port)
-    return R_POLICY_RULE if rule[0] >= 0 else R_NO_RULE
+        audit = POD_INGRESS_AUDIT
+    if rule[0] >= 0:
+        return R_POLICY_RULE
+    return R_AUDIT if p.flags & audit else R_NO_RULE
+
+
+# Whether the kernel may pass the rest of a flow as far as this end is concerned.
+cdef inline bint is_judged(uint8_t reason) noexcept nogil:
+    return reason == R_POLICY_RULE or reason == R_AUDIT
 
 
 # Both ends of a flow in its original direction. The pods are set already.
@@ -157,11 +171,15 @@ cdef inline void judge_ends(const table_t *table, const flow_t *flow, verdict_t 
     out.allow = 1
     # A sweep of live flows finds their pods by address. What a pod routes for others carries none of
     # its own: no bit, so that such a flow meets the rules in force with every packet.
-    if egress == R_POLICY_RULE and table_pod_has_address(table, out.egress_pod, flow.family, &flow.src):
+    if is_judged(egress) and table_pod_has_address(table, out.egress_pod, flow.family, &flow.src):
         out.bits |= BIT_EGRESS
-    if ingress == R_POLICY_RULE and table_pod_has_address(table, out.ingress_pod, flow.family, &flow.dst):
+    if is_judged(ingress) and table_pod_has_address(table, out.ingress_pod, flow.family, &flow.dst):
         out.bits |= BIT_INGRESS
-    if egress == R_POLICY_RULE or (egress == R_NOT_ISOLATED and ingress != R_POLICY_RULE):
+    if egress == R_AUDIT or ingress == R_AUDIT:
+        out.reason = R_AUDIT
+        out.audited = R_NO_RULE
+        out.direction = DIR_EGRESS if egress == R_AUDIT else DIR_INGRESS
+    elif egress == R_POLICY_RULE or (egress == R_NOT_ISOLATED and ingress != R_POLICY_RULE):
         out.reason = egress
         out.direction = DIR_EGRESS
     elif ingress == R_POLICY_RULE or ingress == R_NOT_ISOLATED:
@@ -275,6 +293,7 @@ cdef void judge_packet(const table_t *table, worker_t *worker, const packet_t *p
             out.cached = 1
             out.allow = value.verdict
             out.reason = value.reason
+            out.audited = R_NO_RULE if out.reason == R_AUDIT else R_NONE
             out.bits = value.bits
             out.direction = value.direction
             out.egress_reason = value.egress_reason
@@ -293,10 +312,11 @@ cdef void judge_packet(const table_t *table, worker_t *worker, const packet_t *p
             value.egress_rule = <uint32_t>out.egress_rule
             value.ingress_rule = <uint32_t>out.ingress_rule
             cache_put(cache, &key, table.generation, &value)
-        if out.allow and not error and path.reply:
-            out.reason = R_REPLY
-        elif out.allow and error:
+        if out.allow and error:
             out.reason = R_RELATED
+            out.audited = R_NONE
+        elif out.allow and path.reply and out.reason != R_AUDIT:
+            out.reason = R_REPLY
     if error:
         # conntrack files an error under the flow it quotes: a bit would open a flow nobody judged.
         out.bits = 0
@@ -387,7 +407,7 @@ cdef inline void count_end(worker_t *worker, int32_t pod, size_t side, uint8_t r
     if reason == R_POLICY_RULE and rule >= 0:
         worker.tally[place * TALLY_OUTCOMES + TALLY_ALLOWED] += 1
         worker.tally[worker.table.rule_tallies[place] + <size_t>rule] += 1
-    elif reason == R_NO_RULE:
+    elif reason == R_NO_RULE or reason == R_AUDIT:
         worker.tally[place * TALLY_OUTCOMES + TALLY_NO_RULE] += 1
     elif reason == R_SPOOFED:
         worker.tally[place * TALLY_OUTCOMES + TALLY_SPOOFED] += 1
@@ -413,6 +433,10 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
     if worker.observer:
         out.allow = 1
         out.bits = 0
+    elif worker.audit and not out.allow:
+        out.audited = out.reason
+        out.reason = R_AUDIT
+        out.allow = 1
     worker.packets[out.allow][out.direction][out.reason] += 1
     worker.bytes[out.allow][out.direction][out.reason] += wire
     # A flow that is allowed and known costs nothing here.
@@ -421,7 +445,8 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
     capture = get_u32(&worker.capture)
     if capture:
         level = capture & CAPTURE_LEVEL
-        if not out.allow or level == CAPTURE_ALL or (level == CAPTURE_MISSES and not out.cached):
+        if not out.allow or level == CAPTURE_ALL or (
+                not out.cached and (level == CAPTURE_MISSES or out.reason == R_AUDIT)):
             record(worker, &packet, path, out, data, captured, capture & CAPTURE_BYTES != 0)
 
 
@@ -441,6 +466,7 @@ cdef object verdict_to_python(const verdict_t *verdict, object pods):
         verdict.cached != 0,
         end_to_python(pods, verdict.egress_pod, verdict.egress_reason, verdict.egress_rule),
         end_to_python(pods, verdict.ingress_pod, verdict.ingress_reason, verdict.ingress_rule),
+        REASONS[verdict.audited],
     )
 
 
@@ -604,15 +630,16 @@ cdef class Worker:
 
     `cache_entries` 0: no cache. `ring_entries` 0: no events; else rounded up to a power of two.
     `seed` keys the cache's hash, random by default. An `observer` lets every packet pass, whatever the
-    rules say of it, and counts for no pod and no policy: for packets that nobody has to judge. Not for
-    several threads at once, but for `events`, `counters`, `capture` and `keep_bytes`, which one other
-    thread may use.
+    rules say of it, and counts for no pod and no policy: for packets that nobody has to judge. `audit`:
+    deny nothing; what would be denied has the reason `audit`. Not for several threads at once, but for
+    `events`, `counters`, `capture` and `keep_bytes`, which one other thread may use.
     """
 
     def __cinit__(self, Publisher publisher not None, *, cache_entries=65536, ring_entries=0, seed=None,
-                  bint observer=False):
+                  bint observer=False, bint audit=False):
         cdef uint64_t slots = 1
         memset(&self.c, 0, sizeof(worker_t))
+        self.c.audit = audit
         if not 0 <= cache_entries <= 1 << 28:
             raise ValueError(f"cache_entries is {cache_entries}, must be 0 to 2**28")
         if not 0 <= ring_entries <= RING_MAX:
@@ -691,6 +718,11 @@ cdef class Worker:
     def cache_stats(self):
         """(hits, misses) of the flow cache. Packets that never get to it count as neither."""
         return self.c.cache_hits, self.c.cache_misses
+
+    @property
+    def audit(self):
+        """Whether nothing is denied."""
+        return self.c.audit != 0
 
     @property
     def capture(self):
@@ -799,10 +831,11 @@ cdef class Worker:
 
 cdef object event_to_python(const event_t *event, Publisher publisher, bytes data):
     cdef const packet_t *p = &event.packet
-    cdef bint bad = event.verdict.reason == Reason.MALFORMED or event.verdict.reason == Reason.FRAGMENT
+    cdef uint8_t reason = event.verdict.audited if event.verdict.audited else event.verdict.reason
+    cdef bint bad = reason == Reason.MALFORMED or reason == Reason.FRAGMENT
     pods = publisher._recent.get(event.generation)
     packet = Packet(
-        REASONS[event.verdict.reason] if bad else Reason.NONE,
+        REASONS[reason] if bad else Reason.NONE,
         flow_to_python(&p.flow),
         flow_to_python(&p.inner) if p.flags & PKT_ICMP_ERROR else None,
         p.length, p.l4_offset, p.hop_limit, p.tcp_flags, p.icmp_type, p.icmp_code,

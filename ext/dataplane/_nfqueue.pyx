@@ -224,16 +224,19 @@ cdef int parse_packet(const uint8_t *message, size_t length, queued_t *out) noex
     return out.has_id
 
 
-cdef size_t encode(uint16_t number, const answer_t *answers, size_t n, int drop_older,
+cdef size_t encode(uint16_t number, const answer_t *answers, size_t n, int end_older, uint32_t older,
                    verdict_message_t *out) noexcept nogil:
-    """Pack answers in order; returns how many messages. Room for n + 1 is needed."""
+    """Pack answers in order; returns how many messages. Room for n + 1 is needed.
+
+    `end_older`: first the verdict `older` for whatever was queued before them.
+    """
     cdef size_t i = 0
     cdef size_t last
     cdef size_t count = 0
     if n == 0:
         return 0
-    if drop_older:
-        put(number, &out[count], NFQNL_MSG_VERDICT_BATCH, NF_DROP, answers[0].id - 1, 0)
+    if end_older:
+        put(number, &out[count], NFQNL_MSG_VERDICT_BATCH, older, answers[0].id - 1, 0)
         count += 1
     while i < n:
         last = i
@@ -272,9 +275,10 @@ cdef void answer(queue_t *q, size_t n) noexcept nogil:
     cdef size_t count
     cdef int _try
     cdef int failed = 0
+    cdef uint32_t older = NF_ACCEPT if q.worker.audit or q.worker.observer else NF_DROP
     if n == 0:
         return
-    count = encode(q.number, q.answers, n, q.unanswered, q.out)
+    count = encode(q.number, q.answers, n, q.unanswered, older, q.out)
     q.unanswered = 0
     if transmit(q.fd, q.out, count):
         return
@@ -369,7 +373,7 @@ cdef void handle(queue_t *q, int received) noexcept nogil:
                     else:
                         count_up(&q.losses.unreadable)
                         worker_judge(q.worker, NULL, 0, 0, &packet.path, &verdict)
-                        verdict.allow = 0
+                        verdict.allow = q.worker.audit | q.worker.observer
                     # A verdict's mark replaces the packet's: give back what others put there.
                     mark = packet.mark & ~ours
                     if verdict.allow and q.offload:
@@ -662,5 +666,5 @@ def encode_answers(int number, answers, bint drop_older=False):
         packed[count].verdict = NF_ACCEPT if accept else NF_DROP
         packed[count].mark = mark
         count += 1
-    count = encode(<uint16_t> number, packed, count, drop_older, out)
+    count = encode(<uint16_t> number, packed, count, drop_older, NF_DROP, out)
     return (<const char *> out)[:count * sizeof(verdict_message_t)]

@@ -67,6 +67,8 @@ cdef enum pod_flag_t:
     POD_SPOOF_CHECK = 4               # a packet from its interface must carry one of its addresses
     POD_BRANCH = 8                    # on a branch interface: own-node traffic passes FORWARD
     POD_UNKNOWN = 16                  # strict mode: an interface no policy has been read for yet
+    POD_INGRESS_AUDIT = 32            # what its ingress rules do not allow is let through, as R_AUDIT
+    POD_EGRESS_AUDIT = 64
 
 cdef struct pod_t:
     const ruleset_t *ingress

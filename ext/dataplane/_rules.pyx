@@ -1374,6 +1374,10 @@ cdef class RuleTable:
                 pod[i].flags |= POD_BRANCH
             if entry.unknown:
                 pod[i].flags |= POD_UNKNOWN
+            if Direction.INGRESS in entry.audit:
+                pod[i].flags |= POD_INGRESS_AUDIT
+            if Direction.EGRESS in entry.audit:
+                pod[i].flags |= POD_EGRESS_AUDIT
             pod[i].bridge = entry.bridge
             pod[i].uplink = entry.uplink
             if entry.bridge:
@@ -1419,7 +1423,8 @@ cdef class RuleTable:
 
         pods: [((pod's key, direction, reason), packets)]; the reason is `policy-rule` for packets that
         the direction's rules allowed when they were looked up (the flow cache repeats verdicts, which
-        is not counted), `no-rule`, `spoofed` or `no-table` for every packet denied for it. rules:
+        is not counted), `no-rule`, `spoofed` or `no-table` for every packet denied for it, `audit` for
+        what no rule allowed at an end in audit when it was looked up. rules:
         [((RuleSet, direction, rule id), packets)], look-ups that the rule decided. Not for several
         threads at once.
         """
@@ -1443,9 +1448,12 @@ cdef class RuleTable:
             grown = total - self.seen[word]
             self.seen[word] = total
             if word < pods:
-                key = self.pods[word // (2 * TALLY_OUTCOMES)].key
+                pod = self.pods[word // (2 * TALLY_OUTCOMES)]
                 side = SIDES[word // TALLY_OUTCOMES % 2]
-                of_pods.append(((key, side, OUTCOMES[word % TALLY_OUTCOMES]), grown))
+                reason = OUTCOMES[word % TALLY_OUTCOMES]
+                if reason is Reason.NO_RULE and side in pod.audit:
+                    reason = Reason.AUDIT
+                of_pods.append(((pod.key, side, reason), grown))
             else:
                 while word >= begin + <size_t>size:
                     begin += <size_t>size

@@ -15,8 +15,9 @@ from control_plane import ADDRESS, ADMIN, AGENT, PORT, ControlPlane, Raw
 
 from dataplane.config import PodNames, Resolve
 from dataplane.lab import netns
-from dataplane.model import Key, Pod
+from dataplane.model import ANNOTATION_MODE, Key, Pod
 from dataplane.observe.log import get_logger
+from dataplane.policy.audit import audit_modes
 from dataplane.sources.kubernetes import PODS, KubernetesSource
 from dataplane.sources.kubernetes_client import ApiFault, ApiServer, Credentials
 from dataplane.sources.kubernetes_watch import Timing, Watch
@@ -251,5 +252,58 @@ def test_replacing_a_pod_of_the_same_name(cluster: ControlPlane, tmp_path: Path)
             assert after.uid != before.uid
             assert isinstance(after, Pod)
             assert after.key == Key("x", "a")
+
+    inside(cluster, work)
+
+
+@pytest.mark.parametrize("resolve", [Resolve.AUTO, Resolve.NEVER, Resolve.ALWAYS])
+def test_what_is_in_audit_is_known_whoever_resolves(
+    cluster: ControlPlane, tmp_path: Path, resolve: Resolve
+) -> None:
+    cluster.namespaces("x", "y")
+    cluster.install_definition()
+    cluster.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}})
+    annotations = {ANNOTATION_MODE: "audit"}
+
+    def network_policy(name: str, **metadata: Any) -> Raw:
+        return {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": name, "namespace": "x", **metadata},
+            "spec": {"podSelector": {}},
+        }
+
+    cluster.create(network_policy("p", annotations=annotations))
+    cluster.create(network_policy("q"))
+    store = Store(quiet=0.0)
+    source = KubernetesSource(
+        Credentials(str(cluster.kubeconfig(tmp_path / "kubeconfig", URL))),
+        store,
+        node_name=NODE,
+        resolve=resolve,
+        log=get_logger(),
+    )
+
+    def modes() -> list[bool]:
+        found = audit_modes(store.snapshot())
+        return [found.covers(Key(*name.split("/"))) for name in ("x/p", "x/q", "y/p")]
+
+    async def work() -> None:
+        async with following(source):
+            assert modes() == [True, False, False]
+            metadata = {"name": "y", "annotations": annotations}
+            space = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+            await asyncio.to_thread(cluster.apply, space)
+            await until(lambda: modes() == [True, False, True])
+            enforced = network_policy("p", annotations={ANNOTATION_MODE: "enforce"})
+            await asyncio.to_thread(cluster.apply, enforced)
+            await until(lambda: modes() == [False, False, True])
+            await asyncio.to_thread(cluster.delete, network_policy("p"))
+            await until(lambda: modes() == [False, False, True])
+            none = {"metadata": {"annotations": {ANNOTATION_MODE: None}}}
+            await asyncio.to_thread(cluster.patch, space, none)
+            await until(lambda: modes() == [False, False, False])
+            whole = resolve is Resolve.ALWAYS
+            assert len(store.snapshot().network_policies) == (1 if whole else 0)
 
     inside(cluster, work)

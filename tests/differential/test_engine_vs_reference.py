@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from dataplane._engine import Publisher, Worker, judge, judge_flow
 from dataplane._rules import RuleSet
 from dataplane.addresses import BITS, Prefix
-from dataplane.model import Direction, Key, PodEndpoint, PolicyEndpoint, PortRange, Rule, Snapshot
+from dataplane.model import (
+    ANNOTATION_MODE,
+    Direction,
+    Key,
+    PodEndpoint,
+    PolicyEndpoint,
+    PolicyHead,
+    PortRange,
+    Rule,
+    Snapshot,
+)
 from dataplane.policy import reference
 from dataplane.policy.compile import Compiler, PodEntry
 from dataplane.policy.effective import PodRules, effective_rules
@@ -104,7 +114,10 @@ def nodes(draw: st.DrawFn) -> Node:
                 draw(rule_lists()),
             )
         )
-    rules = effective_rules(Snapshot(policy_endpoints=tuple(objects)), frozenset({NODE}))
+    audited = draw(st.lists(st.sampled_from(["p", "q", "r"]), unique=True))
+    heads = tuple(PolicyHead(Key("x", name), {ANNOTATION_MODE: "audit"}) for name in sorted(audited))
+    known = Snapshot(policy_endpoints=tuple(objects), policy_heads=heads)
+    rules = effective_rules(known, frozenset({NODE}))
     for pod, address in PODS.items():
         rules.setdefault(pod, PodRules(pod, (address,), None, None))
     found: set[bytes] = {*PODS.values(), *BASES}
@@ -190,7 +203,14 @@ def probes(draw: st.DrawFn, node: Node) -> Probe:
 def entries(node: Node, devices: dict[Key, int] | None = None) -> list[PodEntry]:
     devices = devices or node.devices
     return [
-        PodEntry(key, (PODS[key],), (devices[key],), node.rules[key].ingress, node.rules[key].egress)
+        PodEntry(
+            key,
+            (PODS[key],),
+            (devices[key],),
+            node.rules[key].ingress,
+            node.rules[key].egress,
+            audit=node.rules[key].audit,
+        )
         for key in sorted(PODS)
     ]
 
@@ -221,10 +241,12 @@ def check(verdict: Verdict, decision: reference.FlowDecision, reply: bool = Fals
     plain = {Reason.POLICY_RULE, Reason.NOT_ISOLATED, Reason.NOT_A_POD}
     reason = Reason.REPLY if reply and decision.allow and decision.reason in plain else decision.reason
     assert (verdict.allow, verdict.reason) == (decision.allow, reason)
+    assert verdict.audited is (Reason.NO_RULE if reason is Reason.AUDIT else Reason.NONE)
     check_end(verdict.egress, Direction.EGRESS, decision.egress)
     check_end(verdict.ingress, Direction.INGRESS, decision.ingress)
     if verdict.reason is not Reason.SAME_POD:
-        judged = (decision.egress.rule is not None) * 1 | (decision.ingress.rule is not None) * 2
+        by_rules = {Reason.POLICY_RULE, Reason.AUDIT}
+        judged = (decision.egress.reason in by_rules) * 1 | (decision.ingress.reason in by_rules) * 2
         assert verdict.bits == (judged if verdict.allow else 0)
 
 

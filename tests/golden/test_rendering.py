@@ -7,6 +7,7 @@ write them anew after a change that is meant: PODGATE_UPDATE_GOLDEN=1 pytest tes
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from dataplane.addresses import parse_address
 from dataplane.config import MarkLayout
 from dataplane.node.iptables import plan
-from dataplane.node.rendering import FAMILIES, Options, Port, render
+from dataplane.node.rendering import COUNTED, FAMILIES, Options, Port, render
 
 GOLDEN = Path(__file__).parent / "steering"
 PORTS = (
@@ -31,6 +32,8 @@ CASES: dict[str, tuple[Options, tuple[Port, ...]]] = {
     "other-marks": (Options(marks=MarkLayout.from_mask(0x00013000)), ()),
     "bridge": (Options(), PORTS),
     "bridge-no-offload": (Options(offload=False), PORTS),
+    "audit-strict": (Options(strict=True, fail_open=True, audit=True), ()),
+    "audit-bridge": (Options(fail_open=True, audit=True), PORTS),
     "many-ports": (
         Options(),
         tuple(
@@ -79,3 +82,16 @@ def test_every_jump_leads_to_a_chain_and_every_chain_is_used(name: str, family: 
                 if flag in {"-j", "-g"} and word.startswith("PODGATE-")
             }
         assert targets == set(rules.chains)
+
+
+@pytest.mark.parametrize("name", [name for name, (options, _) in CASES.items() if options.audit])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_audit_no_rule_drops_and_all_are_counted(name: str, family: int) -> None:
+    options, ports = CASES[name]
+    audit, enforced = (
+        plan({}, render(each, ports, family)) for each in (options, replace(options, audit=False))
+    )
+    assert "DROP" not in audit
+    assert "queue-bypass" in audit
+    for reason in COUNTED:
+        assert audit.count(f"podgate: {reason}") == enforced.count(f"podgate: {reason}")

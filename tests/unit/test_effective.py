@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 
 from dataplane.addresses import parse_address as address
 from dataplane.addresses import parse_prefix
-from dataplane.model import Direction, Key, Pod, PodEndpoint, PolicyEndpoint, Rule, Snapshot
+from dataplane.model import (
+    ANNOTATION_MODE,
+    Direction,
+    Key,
+    Namespace,
+    NetworkPolicy,
+    Pod,
+    PodEndpoint,
+    PolicyEndpoint,
+    PolicyHead,
+    Rule,
+    Snapshot,
+)
 from dataplane.policy.effective import PodRules, changed_pods, effective_rules
 
 NODE, OTHER_NODE = "192.0.2.1", "192.0.2.2"
@@ -296,3 +309,37 @@ def test_changed_pods() -> None:
     assert changed_pods(one, result("10.2.0.0/16")) == {A}  # type: ignore[arg-type]
     assert changed_pods(one, result("10.1.0.0/16", ip="10.0.0.9")) == {A}  # type: ignore[arg-type]
     assert changed_pods(one, before) == {A, B}  # type: ignore[arg-type]
+
+
+AUDIT, ENFORCE = {ANNOTATION_MODE: "audit"}, {ANNOTATION_MODE: "enforce"}
+
+
+def test_a_direction_is_in_audit_while_all_policies_that_isolate_it_are() -> None:
+    both = (INGRESS, EGRESS)
+    objects = snapshot(
+        piece("p-1", "p", endpoint(A, "10.0.0.1"), endpoint(B, "10.0.0.2"), isolates=both),
+        piece("q-1", "q", endpoint(B, "10.0.0.2"), isolates=(EGRESS,), egress=cidrs("10.1.0.0/16")),
+    )
+    head = replace(objects, policy_heads=(PolicyHead(Key("x", "p"), AUDIT),))
+    result = effective_rules(head, HERE)
+    assert result[A].audit == {INGRESS, EGRESS}
+    assert result[B].audit == {INGRESS}
+    # What q allows counts as ever, and so does what p would.
+    assert allowed(result[B].egress) == [("q", 0, "10.1.0.0/16")]
+    assert (result[B].ingress_policies, result[B].egress_policies) == (
+        (Key("x", "p"),),
+        (Key("x", "p"), Key("x", "q")),
+    )
+    whole = replace(objects, network_policies=(NetworkPolicy(Key("x", "p"), annotations=AUDIT),))
+    assert effective_rules(whole, HERE) == result
+    assert changed_pods(effective_rules(objects, HERE), result) == {A, B}
+
+
+def test_a_policy_has_its_own_word_before_its_namespaces() -> None:
+    objects = snapshot(piece("p-1", "p", endpoint(A, "10.0.0.1")), piece("q-1", "q", endpoint(B, "10.0.0.2")))
+    spaced = replace(objects, namespaces=(Namespace("x", {}, AUDIT), Namespace("y", {}, AUDIT)))
+    assert [pod.audit for pod in effective_rules(spaced, HERE).values()] == [{INGRESS}, {INGRESS}]
+    enforced = replace(spaced, policy_heads=(PolicyHead(Key("x", "p"), ENFORCE),))
+    assert [pod.audit for pod in effective_rules(enforced, HERE).values()] == [frozenset(), {INGRESS}]
+    elsewhere = replace(objects, namespaces=(Namespace("y", {}, AUDIT),))
+    assert [pod.audit for pod in effective_rules(elsewhere, HERE).values()] == [frozenset()] * 2

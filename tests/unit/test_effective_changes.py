@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from dataplane.addresses import parse_address as address
 from dataplane.addresses import parse_prefix
-from dataplane.model import Direction, Key, Pod, PodEndpoint, PolicyEndpoint, PortRange, Rule, Snapshot
+from dataplane.model import (
+    ANNOTATION_MODE,
+    Direction,
+    Key,
+    Namespace,
+    Pod,
+    PodEndpoint,
+    PolicyEndpoint,
+    PolicyHead,
+    PortRange,
+    Rule,
+    Snapshot,
+)
 from dataplane.policy.changes import differences
 from dataplane.policy.effective import DirectionRules, Effective, PodRules, changed_pods, effective_rules
 
@@ -29,6 +41,9 @@ def rules(draw: st.DrawFn) -> tuple[Rule, ...]:
     # Numbers have gaps where a bad rule was left out.
     numbers = sorted(draw(st.sets(st.integers(0, 4), max_size=3)))
     return tuple(Rule(draw(st.sampled_from(CIDRS)), (), (PortRange(6, 80, 80),), n) for n in numbers)
+
+
+modes = st.sampled_from(({}, {}, {ANNOTATION_MODE: "audit"}, {ANNOTATION_MODE: "enforce"}))
 
 
 @st.composite
@@ -97,6 +112,8 @@ def histories(draw: st.DrawFn) -> list[Snapshot]:
             Snapshot(
                 tuple(sorted(pieces.values(), key=lambda piece: piece.key)),
                 tuple(sorted(objects.values(), key=lambda pod: pod.key)),
+                namespaces=(Namespace("x", {}, draw(modes)),),
+                policy_heads=tuple(PolicyHead(Key("x", name), draw(modes)) for name in "pq"),
             )
         )
     return made

@@ -1069,3 +1069,99 @@ def test_worker_sizes_out_of_range() -> None:
             Worker(publisher, **bad)
     with pytest.raises(ValueError, match="capture is 4"):
         Worker(publisher).capture = 4
+
+
+# ---- audit
+
+
+def audited(*directions: Direction) -> RuleTable:
+    pods = [
+        pod("a", A, "10.0.0.1", "fd00::1", egress=OUT, audit=frozenset(directions)),
+        pod("c", C, "10.0.0.3", "fd00::3", ingress=NOTHING, egress=NOTHING, audit=frozenset(directions)),
+        pod("b", B, "10.0.0.2", ingress=NOTHING),
+        pod("new", NEW, "10.0.0.6", unknown=True),
+    ]
+    return Compiler().table(1, pods, [ip(NODE4)])
+
+
+def told(verdict: Verdict) -> tuple[bool, Reason, Reason, Direction | None, int]:
+    return verdict.allow, verdict.reason, verdict.audited, verdict.direction, verdict.bits
+
+
+def test_an_end_in_audit_lets_pass_what_no_rule_allows() -> None:
+    table = audited(INGRESS, EGRESS)
+    out = judge(table, tcp("10.0.0.1", "192.0.2.9", 81), indev=A, outdev=UPLINK)
+    assert told(out) == (True, R.AUDIT, R.NO_RULE, EGRESS, E)
+    assert (out.egress.reason, out.egress.rule_id) == (R.AUDIT, -1)
+    into = judge(table, tcp("192.0.2.9", "10.0.0.3"), indev=UPLINK, outdev=C)
+    assert told(into) == (True, R.AUDIT, R.NO_RULE, INGRESS, I)
+    both = judge(table, tcp("10.0.0.1", "10.0.0.3", 81), indev=A, outdev=C)
+    assert told(both) == (True, R.AUDIT, R.NO_RULE, EGRESS, E | I)
+    answer = judge(table, back("10.0.0.3", "10.0.0.1", 81), indev=C, outdev=A, reply=True)
+    assert told(answer) == (True, R.AUDIT, R.NO_RULE, EGRESS, E | I)
+    # What a rule allows is not an audit's business, nor is an ICMP error about what is let through.
+    assert told(judge(table, tcp("10.0.0.1", "192.0.2.9"), indev=A, outdev=UPLINK)) == (
+        (True, R.POLICY_RULE, R.NONE, EGRESS, E)
+    )
+    quoted = error("192.0.2.9", tcp("10.0.0.1", "192.0.2.9", 81))
+    related = judge(table, quoted, indev=UPLINK, outdev=A, reply=True)
+    assert told(related) == (True, R.RELATED, R.NONE, EGRESS, 0)
+
+
+def test_the_other_end_is_enforced_as_ever() -> None:
+    table = audited(EGRESS)
+    denied = judge(table, tcp("10.0.0.1", "10.0.0.2", 81), indev=A, outdev=B)
+    assert told(denied) == (False, R.NO_RULE, R.NONE, INGRESS, 0)
+    assert denied.egress.reason is R.AUDIT
+    assert told(judge(table, tcp("192.0.2.9", "10.0.0.3"), indev=UPLINK, outdev=C)) == (
+        (False, R.NO_RULE, R.NONE, INGRESS, 0)
+    )
+    # A policy's audit is about rules only.
+    assert judge(table, tcp("10.0.0.9", "192.0.2.9", 81), indev=A, outdev=UPLINK).reason is R.SPOOFED
+
+
+def test_a_flow_known_by_its_addresses_is_let_through_too() -> None:
+    found = judge_flow(audited(EGRESS), ip("10.0.0.1"), ip("192.0.2.9"), 6, 1234, 81)
+    assert told(found) == (True, R.AUDIT, R.NO_RULE, EGRESS, E)
+
+
+@pytest.mark.parametrize("cache", [0, 64])
+def test_what_is_audited_is_counted_and_told_once_for_each_look_up(cache: int) -> None:
+    publisher = Publisher()
+    worker = Worker(publisher, cache_entries=cache, ring_entries=64)
+    table = audited(EGRESS)
+    publisher.publish(table)
+    worker.capture = 1
+    packet = tcp("10.0.0.1", "192.0.2.9", 81)
+    for _ in range(3):
+        assert worker.judge(packet, indev=A, outdev=UPLINK).audited is R.NO_RULE
+    looked_up = 1 if cache else 3
+    events = worker.events()
+    assert [(each.verdict.reason, each.verdict.audited) for each in events] == (
+        [(R.AUDIT, R.NO_RULE)] * looked_up
+    )
+    assert {key: packets for key, (packets, _) in worker.counters().items()} == {(True, "egress", R.AUDIT): 3}
+    assert table.take_tally()[0] == [((Key("x", "a"), EGRESS, R.AUDIT), looked_up)]
+
+
+def test_a_worker_in_audit_denies_nothing() -> None:
+    publisher = Publisher()
+    worker = Worker(publisher, cache_entries=64, ring_entries=64, audit=True)
+    worker.capture = 1
+    assert worker.audit
+    assert told(worker.judge(tcp("10.0.0.1", "192.0.2.9"), indev=A)) == (True, R.AUDIT, R.NO_TABLE, None, 0)
+    publisher.publish(audited(EGRESS))
+    forged = worker.judge(tcp("10.0.0.9", "192.0.2.9"), indev=A, outdev=UPLINK)
+    assert told(forged) == (True, R.AUDIT, R.SPOOFED, EGRESS, 0)
+    unknown = worker.judge(tcp("10.0.0.6", "192.0.2.9"), indev=NEW, outdev=UPLINK)
+    assert told(unknown) == (True, R.AUDIT, R.NO_TABLE, EGRESS, 0)
+    assert told(worker.judge(b"\x45", indev=A)) == (True, R.AUDIT, R.MALFORMED, None, 0)
+    fragment = bytes(IP(src="10.0.0.1", dst="192.0.2.9", frag=3, proto=6) / b"12345678")
+    assert told(worker.judge(fragment, indev=A)) == (True, R.AUDIT, R.FRAGMENT, None, 0)
+    assert told(worker.judge(tcp("192.0.2.9", "10.0.0.2"), indev=UPLINK, outdev=B)) == (
+        (True, R.AUDIT, R.NO_RULE, INGRESS, 0)
+    )
+    assert all(allow and reason is R.AUDIT for allow, _, reason in worker.counters())
+    told_of = [(each.packet.reason, each.verdict.audited) for each in worker.events()]
+    assert told_of[3:5] == [(R.MALFORMED, R.MALFORMED), (R.FRAGMENT, R.FRAGMENT)]
+    assert len(told_of) == 6

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from dataplane.addresses import Prefix, parse_address, parse_prefix
+from dataplane.cli.matrix import summary
 from dataplane.errors import InputError
 from dataplane.model import (
+    ANNOTATION_MODE,
     EVERYTHING,
     ContainerPort,
     Direction,
@@ -294,3 +296,22 @@ def test_what_cannot_be_answered(
 ) -> None:
     with pytest.raises(InputError, match=message):
         reach(pods=pods, externals=externals, family=family)
+
+
+def test_what_only_an_audit_lets_through() -> None:
+    audit = {ANNOTATION_MODE: "audit"}
+    into_a = replace(policy("x/p", INGRESS, selects="a"), annotations=audit)
+    snapshot = in_force(
+        Snapshot(pods=(A, B, C), network_policies=(into_a, policy("x/q", EGRESS, selects="b")))
+    )
+    found = reachability(snapshot, [parse_port("80/TCP")])
+    assert found.marks["80/TCP"] == ("...", "E.E", "a..")
+    # People's scripts are told what packets do.
+    assert found.matrix().cells["80/TCP"] == ("...", "X.X", "...")
+    egress, ingress = found.ends("80/TCP", 2, 0) or (None, None)
+    assert ingress is not None
+    assert egress == EndVerdict(Reason.NOT_ISOLATED)
+    assert (ingress.reason, ingress.allow) == (Reason.AUDIT, True)
+    assert summary(found.marks["80/TCP"]) == (
+        "4 of 6 pairs allowed (1 by an audit only), 2 denied (2 by egress)"
+    )

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.addresses import parse_prefix
-from dataplane.model import Direction, Key, Pod, PolicyEndpoint, Problem, Rule, Snapshot
+from dataplane.model import (
+    ANNOTATION_MODE,
+    Direction,
+    Key,
+    NetworkPolicy,
+    Pod,
+    PolicyEndpoint,
+    PolicyHead,
+    Problem,
+    Rule,
+    Snapshot,
+)
 from dataplane.sources.store import KubernetesObject, Store, identity
 
 
@@ -412,3 +423,23 @@ def test_many_objects_stay_sorted_however_many_change_at_once(together: int) -> 
             expected[name] = policy(name, number % 200)
             store.put("k", f"PolicyEndpoint x/{name}", expected[name])
         assert store.snapshot().policy_endpoints == tuple(expected[name] for name in sorted(expected))
+
+
+def test_of_a_network_policy_that_does_not_count_the_head_is_kept() -> None:
+    audit = {ANNOTATION_MODE: "audit"}
+    whole = NetworkPolicy(Key("x", "p"), annotations=audit)
+    store = Store(without=(NetworkPolicy,))
+    store.replace("a.yaml", [whole], [])
+    snapshot = store.snapshot()
+    assert (snapshot.network_policies, snapshot.policy_heads) == ((), (PolicyHead(Key("x", "p"), audit),))
+
+
+def test_a_policy_and_its_head_take_each_others_place() -> None:
+    whole, head = NetworkPolicy(Key("x", "p")), PolicyHead(Key("x", "p"))
+    store = Store()
+    for item in (whole, head, whole):
+        store.put("k", "NetworkPolicy x/p", item)
+        snapshot = store.snapshot()
+        assert (*snapshot.network_policies, *snapshot.policy_heads) == (item,)
+    store.delete("k", "NetworkPolicy x/p")
+    assert store.snapshot() == Snapshot()
