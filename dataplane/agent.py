@@ -133,7 +133,7 @@ class Agent:
         taking_over = False
         if self.config.take_over and await asyncio.to_thread(someone_listens, self.config.control):
             self.log.info("another agent is running here; taking over once everything is known")
-            self.enforcement.before_queues = self._take_over
+            self.enforcement.before_queues, self.enforcement.after_queues = self._take_over, self._serve
             taking_over = True
         else:
             await self.control.start()
@@ -162,10 +162,13 @@ class Agent:
     async def _take_over(self) -> None:
         handed_over = await ask_to_hand_over(self.config.control)
         await self.control.start()
+        self.log.info("took over" if handed_over else "the other agent has gone")
+
+    async def _serve(self) -> None:
+        """What waits until packets are judged again: to load gRPC alone takes a quarter of a second."""
         await self.http.start()
         if self.cni is not None:
             await self.cni.start()
-        self.log.info("took over" if handed_over else "the other agent has gone")
 
     async def _hand_over(self, _query: Mapping[str, str]) -> dict[str, int]:
         """Leave everything in the kernel as it is, and answer once the queues are free."""

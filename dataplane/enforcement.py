@@ -83,6 +83,7 @@ class Enforcement:
         self.faults: list[str] = []  # what the last look at our own rules and threads found
         self.started = False  # the queues are ours; before that, rules found here are another agent's
         self.before_queues: Callable[[], Awaitable[None]] | None = None  # all is ready but the queues
+        self.after_queues: Callable[[], Awaitable[None]] | None = None  # packets are judged
         self.when_in_force: Callable[[], None] = lambda: None  # called each time a change has come into force
         # Called with every new table, before it is published, and the seconds that making it took.
         self.when_compiled: Callable[[RuleTable, float], None] = lambda _table, _seconds: None
@@ -152,6 +153,8 @@ class Enforcement:
         except KernelError as error:  # nothing of ours is in the kernel yet, and nothing will be
             raise InputError(str(error)) from None
         self.started = True
+        if self.after_queues is not None:
+            await self.after_queues()
         earlier = await self.in_kernel_thread(installed_marks)
         built = await self.in_kernel_thread(lambda: self.steering.install(plan.not_pods))
         if earlier not in (None, self.config.marks):

@@ -136,9 +136,10 @@ def _in_new_namespace(work: Callable[[], list[Check]]) -> list[Check]:
             found.append(
                 Check(
                     "network namespace",
-                    State.MISSING,
-                    os.strerror(ctypes.get_errno()),
-                    "needs CAP_SYS_ADMIN to try things out beside this machine's own rules; run as root",
+                    State.LACKS,
+                    f"nothing could be tried out: {os.strerror(ctypes.get_errno())}",
+                    "the agent works without CAP_SYS_ADMIN; to try out what the kernel offers, beside this"
+                    " machine's own rules, takes it: run this on the node as root",
                 )
             )
             return

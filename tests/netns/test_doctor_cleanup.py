@@ -72,6 +72,20 @@ def test_doctor_says_what_is_missing_and_what_to_do(space: str) -> None:
     assert done.stderr == ""
 
 
+def test_doctor_in_the_agents_own_container(space: str) -> None:
+    """Which has CAP_NET_ADMIN, but may not make a namespace."""
+    if not shutil.which("setpriv"):
+        pytest.skip("needs setpriv: install util-linux")
+    with inside(space):
+        done = podgate(
+            "doctor", "-o", "json", prefix=("setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-all")
+        )
+    assert done.returncode == 0, done.stdout
+    (tried,) = [one for one in json.loads(done.stdout)["checks"] if one["name"] == "network namespace"]
+    assert tried["state"] == "lacks"
+    assert "run this on the node as root" in tried["remedy"]
+
+
 def test_cleanup_removes_everything_after_a_crash(lab: Net) -> None:
     host = lab.add_pod("a")
     marks = MarkLayout.from_mask(0x00070000)
