@@ -25,7 +25,6 @@ from dataplane.controller.election import Election, Terms
 from dataplane.controller.following import Following
 from dataplane.controller.inventory import Inventory
 from dataplane.controller.metrics import CONTENT_TYPE, Metrics
-from dataplane.controller.prerequisites import Refusal
 from dataplane.controller.reconciler import Reconciler
 from dataplane.controller.resolution import Resolution
 from dataplane.controller.writer import Writer
@@ -110,7 +109,7 @@ class Controller:
         pages = health_pages(lambda: (), self.unready)
         self._http.add("--health-probe-bind-addr", config.health, pages)
         self._starting: str | None = "starting: the cluster is not known yet"
-        self._switched_on: str | None = None  # EKS's controller, while we run
+        self._switched_on = False  # EKS's controller
         self._said: list[str] = []
         self._stopping = False
         self._stop = asyncio.Event()
@@ -127,8 +126,8 @@ class Controller:
     @property
     def _obstacle(self) -> str | None:
         """Somebody else writes PolicyEndpoints."""
-        if self._switched_on is not None:
-            return self._switched_on
+        if self._switched_on:
+            return str(prerequisites.refuse_switched_on())
         foreign = self._inventory.foreign
         return None if foreign is None else str(prerequisites.refuse_foreign(foreign))
 
@@ -181,10 +180,11 @@ class Controller:
         )
 
     async def _prepare(self) -> None:
-        """Refusal where others write, or where PolicyEndpoints cannot be had."""
+        """Refusal where others write, or where PolicyEndpoints cannot be had. What passes is waited for."""
         while True:
             try:
-                await prerequisites.check_others(self._api)
+                if await prerequisites.switched_on(self._api):
+                    raise prerequisites.refuse_switched_on()
                 if not await prerequisites.kind_served(self._api):
                     if not self.config.install_crd:
                         raise prerequisites.refuse_missing()
@@ -275,15 +275,12 @@ class Controller:
             await self._look_at_switch()
 
     async def _look_at_switch(self) -> None:
-        before = self._switched_on
         try:
-            await prerequisites.check_others(self._api)
-            self._switched_on = None
-        except Refusal as refusal:
-            self._switched_on = str(refusal)
+            on = await prerequisites.switched_on(self._api)
         except ApiFault:
-            return  # no answer: what was known last counts; the watches say why
-        if self._switched_on != before:
+            return  # what was known last counts; the watches say why there is no answer
+        if on != self._switched_on:
+            self._switched_on = on
             self._wake_up()
 
     async def _keep_log(self) -> None:

@@ -200,7 +200,7 @@ class Election:
         if self._was_leading:
             self._log.info("leading: this controller writes", identity=self.identity)
         else:
-            self._log.warning("no longer leading: nothing is written", holder=self.holder)
+            self._log.warning("no longer leading: nothing is written")
         self._on_change()
 
     def _explain(self, fault: ApiFault) -> str:

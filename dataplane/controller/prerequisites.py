@@ -22,7 +22,7 @@ _ANSWER_SECONDS = 10.0
 
 
 class Refusal(PodgateError):
-    """The controller must not, or may not, work here."""
+    """The controller must not work here."""
 
     exit_code = 1
 
@@ -36,25 +36,30 @@ def refuse_foreign(who: str) -> Refusal:
     )
 
 
-async def check_others(api: ApiServer) -> None:
-    """Refusal where EKS's controller is switched on. ApiFault when that cannot be told."""
+def refuse_switched_on() -> Refusal:
+    """EKS's controller is switched on."""
+    return Refusal(
+        f"EKS's controller writes PolicyEndpoints here (ConfigMap kube-system/amazon-vpc-cni: {_SWITCH}:"
+        ' "true"), and two must not: set that to "false", or do without `podgate controller`'
+    )
+
+
+async def switched_on(api: ApiServer) -> bool:
+    """Whether EKS's controller is. ApiFault when that cannot be told."""
     try:
         found = await api.get(VPC_CNI, {})
     except ApiFault as fault:
         if fault.status == 404:
-            return
+            return False
         if fault.status == 403:
-            raise Refusal(
+            raise ApiFault(
                 "not allowed to get the ConfigMap kube-system/amazon-vpc-cni, which tells whether EKS's"
-                f" controller writes PolicyEndpoints: apply deploy/controller/rbac.yaml ({fault})"
+                f" controller writes PolicyEndpoints: apply deploy/controller/rbac.yaml ({fault})",
+                fault.status,
             ) from None
         raise
     data = found.get("data")
-    if isinstance(data, dict) and str(data.get(_SWITCH)).strip().lower() == "true":
-        raise Refusal(
-            f"EKS's controller writes PolicyEndpoints here (ConfigMap kube-system/amazon-vpc-cni: {_SWITCH}:"
-            ' "true"), and two must not: set that to "false", or do without `podgate controller`'
-        )
+    return isinstance(data, dict) and str(data.get(_SWITCH)).strip().lower() == "true"
 
 
 async def kind_served(api: ApiServer) -> bool:
@@ -69,7 +74,7 @@ async def kind_served(api: ApiServer) -> bool:
 
 
 async def install_definition(api: ApiServer, log: Any) -> None:
-    """Have PolicyEndpoints served. Refusal when that does not work."""
+    """Have PolicyEndpoints served. ApiFault, or Refusal, when that does not work."""
     made = definition()
     made["metadata"].setdefault("labels", {})[MANAGED_BY_LABEL] = MANAGER
     log.info("installing the CustomResourceDefinition", name=str(POLICY_ENDPOINTS))
@@ -77,10 +82,11 @@ async def install_definition(api: ApiServer, log: Any) -> None:
         await api.send("POST", DEFINITIONS.path, made, _ANSWER_SECONDS)
     except ApiFault as fault:
         if fault.status == 403:
-            raise Refusal(
+            raise ApiFault(
                 f"not allowed to create the CustomResourceDefinition {POLICY_ENDPOINTS}: apply"
                 " deploy/controller/rbac.yaml, or install the definition yourself (kubectl apply -k"
-                f" deploy/crds) ({fault})"
+                f" deploy/crds) ({fault})",
+                fault.status,
             ) from None
         if fault.status != 409:  # another one was quicker
             raise
