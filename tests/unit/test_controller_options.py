@@ -79,10 +79,11 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         # In a process of its own: it configures the process's log.
+        argv = [sys.executable, "-c", "from dataplane.cli import main; main()", "controller"]
+        argv += ["--kubeconfig", str(kubeconfig), "--metrics-bind-addr", address]
+        argv += ["--health-probe-bind-addr", "0"]
         done = subprocess.run(
-            [sys.executable, "-c", "from dataplane.cli import main; main()", "controller"]
-            + ["--kubeconfig", str(kubeconfig), "--metrics-bind-addr", address]
-            + ["--health-probe-bind-addr", "0"],
+            argv,
             capture_output=True,
             text=True,
             check=False,
