@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from dataplane._engine import Publisher
@@ -32,6 +33,7 @@ from dataplane.observe.log import Logger, get_logger
 from dataplane.plan import Plan, Planner, touched
 from dataplane.policy.compile import Compiler
 from dataplane.policy.resolve import Resolver, in_force
+from dataplane.watching import Choice, Watching
 
 RETRY_SECONDS = 2.0  # after a step that the kernel refused
 SOLICIT_SECONDS = 0.5  # a pod on a bridge is asked for this often until its port is known
@@ -74,6 +76,7 @@ class Enforcement:
             audit=config.audit,
         )
         self.live = LiveVerdicts(self.queues.workers)
+        self.watching = Watching(config, self.publisher, self.live, RING_ENTRIES)
         self.resolver = Resolver()
         self._planner = Planner()
         self.known = Snapshot()  # the objects as the sources gave them
@@ -122,7 +125,12 @@ class Enforcement:
             if clean and self.started:
                 # Rules first: whatever they still queue is answered while the threads live.
                 removed = await self.in_kernel_thread(self._remove)
+            elif self.started:
+                # Nobody needs it any more. It does no harm where the kernel refuses.
+                with suppress(KernelError):
+                    await self.in_kernel_thread(self.steering.end_watch)
         finally:
+            await self.in_kernel_thread(self.watching.stop_queue)
             await self.in_kernel_thread(self.queues.stop)
             self._kernel_thread.shutdown()
             await self.interfaces.stop()
@@ -190,6 +198,27 @@ class Enforcement:
         self.look()
         return await waiter
 
+    async def watch(self, choice: Choice) -> None:
+        """Show every packet of the pods that `choice` chooses to readers of `live`, until `unwatch`.
+
+        KernelError when that cannot be had; nothing has changed then.
+        """
+        queue = self.watching.prepare()
+        if not queue.running:
+            await self.in_kernel_thread(queue.start)
+        self.watching.add(choice)
+        try:
+            if not await self.settle():
+                raise KernelError(f"the agent cannot change its rules now: {self.refused}")
+        except BaseException:
+            self.unwatch(choice)
+            raise
+
+    def unwatch(self, choice: Choice) -> None:
+        """End what `watch` began. Returns before it is in force."""
+        self.watching.remove(choice)
+        self._look.set()
+
     async def _change(self, until: float) -> bool:
         """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
         waits = [
@@ -248,7 +277,8 @@ class Enforcement:
 
     def _plan(self) -> Plan:
         state = self.interfaces.state
-        return self._planner.plan(self.config, self.amend(self.snapshot, state), state)
+        plan = self._planner.plan(self.config, self.amend(self.snapshot, state), state)
+        return replace(plan, watched=self.watching.addresses(plan))
 
     def _publish(self, plan: Plan) -> RuleTable:
         self._tables += 1
@@ -272,6 +302,17 @@ class Enforcement:
                 self.log.error("others changed our device groups; put back", links=" ".join(changed))
             return
         try:
+            if (
+                old is not None
+                and replace(plan, watched=old.watched) == old
+                and not news
+                and not self.refused
+            ):
+                # Who looks at which packets concerns no verdict: the table and all flows stay as they are.
+                await self.in_kernel_thread(lambda: self._steer(plan))
+                self.in_force = plan
+                self.log.info("pods of which every packet is looked at", addresses=len(plan.watched))
+                return
             table = self._publish(plan)
             seen, cut = await self.in_kernel_thread(lambda: self._apply_to_kernel(plan, table))
         except (KernelError, ValueError) as error:  # ValueError: no table can be made of the plan
@@ -303,7 +344,7 @@ class Enforcement:
             if time.monotonic() > deadline:
                 raise KernelError("a queue thread does not take up new rules; restart the agent")
             time.sleep(QUIESCE_SECONDS)
-        self.steering.apply(plan.steered, plan.services, plan.not_pods)
+        self._steer(plan)
         renewed, rejudged = touched(self.in_force, plan)
         if renewed and self.in_force is not None:
             conntrack.clear(marks, renewed)
@@ -315,6 +356,16 @@ class Enforcement:
         else:
             return 0, 0
         return swept.seen, swept.cleared
+
+    def _steer(self, plan: Plan) -> None:
+        if plan.watched:
+            queue = self.watching.prepare()
+            if not queue.running:
+                with suppress(KernelError):  # what it would be shown passes
+                    queue.start()
+        self.steering.apply(plan.steered, plan.services, plan.not_pods, plan.watched)
+        if not plan.watched:
+            self.watching.stop_queue()
 
     async def _verify(self) -> None:
         """Put back what others changed of our rules, and notice queue threads that have ended."""

@@ -39,7 +39,8 @@ class Plan:
     `entries` and `own_node` are what the table is compiled from. `pods`: every known pod of this node,
     `isolated` of them isolated. `placements`: those whose interface is there; `waiting`: isolated pods
     whose interface is not (yet). `services`: local service addresses. `not_pods`: links that only look
-    like a pod's. `audited`: pods with a direction that is isolated, and in audit.
+    like a pod's. `audited`: pods with a direction that is isolated, and in audit. `watched`: addresses
+    of which every packet is looked at, judged or not.
     """
 
     entries: tuple[PodEntry, ...]
@@ -54,6 +55,7 @@ class Plan:
     policies: int
     problems: tuple[str, ...]
     audited: int = 0
+    watched: frozenset[bytes] = frozenset()
 
 
 def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:

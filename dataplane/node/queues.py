@@ -49,7 +49,8 @@ class Queue(Protocol):
 class QueueSet:
     """The queues of the network namespace that `start` is called in.
 
-    Every queue has a Worker of its own, published to by `publisher`. `audit`: nothing is dropped.
+    Every queue has a Worker of its own, published to by `publisher`. `audit`: nothing is dropped. With
+    `observer` they let every packet pass and only record what the rules say of it.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class QueueSet:
         ring_entries: int = 0,
         audit: bool = False,
         maxlen: int = 4096,
+        observer: bool = False,
     ) -> None:
         self.workers: list[Worker] = []
         self._queues: list[Queue] = []
@@ -73,7 +75,13 @@ class QueueSet:
         self._proc = -1
         self._stopping = False
         for number in numbers:
-            worker = Worker(publisher, cache_entries=cache_entries, ring_entries=ring_entries, audit=audit)
+            worker = Worker(
+                publisher,
+                cache_entries=cache_entries,
+                ring_entries=ring_entries,
+                audit=audit,
+                observer=observer,
+            )
             self.workers.append(worker)
             self._queues.append(
                 _queue(
@@ -109,6 +117,11 @@ class QueueSet:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether the queues are ours: between `start` and `stop`."""
+        return bool(self._threads)
 
     def _run(self, queue: Queue) -> None:
         try:

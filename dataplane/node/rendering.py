@@ -10,6 +10,10 @@ already judged (its connection carries the bits its steered ends need), or dropp
     mangle POSTROUTING, filter INPUT
                        the verdict's mark is saved to the connection; our bits leave the packet
 
+Packets that need no verdict can be shown to a queue all the same, for people who want to see them all:
+PODGATE-WATCH comes after everything above, so that nothing there depends on it, and what it queues
+passes when nobody listens. Its rules are there only while somebody looks.
+
 Which ends are steered is told by bits of the interface's device group (routed pods) or by sets and
 physdev rules (pods on a bridge), never by a source address a pod could choose.
 
@@ -60,6 +64,7 @@ class Options:
     veth_prefix: str = "eni"
     not_pods: tuple[str, ...] = ()
     audit: bool = False
+    watch: int | None = None  # the queue that is shown what no rule queues of watched pods
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -88,7 +93,8 @@ def jump(chain: str) -> str:
 
 def set_name(kind: str, family: int) -> str:
     """`spoof`: (pod address, link); `service`: local service addresses; `egress`, `ingress`, `bound`:
-    addresses of pods on bridges that are isolated, or whose source is checked."""
+    addresses of pods on bridges that are isolated, or whose source is checked; `watched`: addresses of
+    pods of which every packet is looked at."""
     return f"{SET_PREFIX}{kind}-{family}"
 
 
@@ -237,10 +243,30 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
     forward += _forward(options)
     entry += _input(options)
     chains |= {"PODGATE-FORWARD": tuple(forward), "PODGATE-INPUT": tuple(entry)}
+    if options.watch is not None:
+        chains |= _watch(options, chains, service, family)
     return TableRules(
         chains,
         {"FORWARD": "PODGATE-FORWARD", "INPUT": "PODGATE-INPUT", "POSTROUTING": "PODGATE-POSTROUTING"},
     )
+
+
+def _watch(options: Options, chains: dict[str, Rules], service: str, family: int) -> dict[str, Rules]:
+    """What the chains let pass unjudged of watched pods is queued too, for somebody who looks on."""
+    reply, watched = options.marks.reply, set_name("watched", family)
+    return {
+        "PODGATE-STEER": chains["PODGATE-FORWARD"],
+        "PODGATE-STEER-INPUT": chains["PODGATE-INPUT"],
+        "PODGATE-FORWARD": ("-j PODGATE-STEER", "-j PODGATE-WATCH"),
+        "PODGATE-INPUT": ("-j PODGATE-STEER-INPUT", service, "-j PODGATE-WATCH"),
+        "PODGATE-WATCH": tuple(
+            f"-m set --match-set {watched} {side} -j PODGATE-WATCHED" for side in ("src", "dst")
+        ),
+        "PODGATE-WATCHED": (
+            f"-m conntrack --ctdir REPLY -j MARK --set-xmark {_hex(reply, reply)}",
+            f"-j NFQUEUE --queue-num {options.watch} --queue-bypass",
+        ),
+    }
 
 
 def _expected(options: Options, family: int) -> Rules:

@@ -49,6 +49,7 @@ SET_KINDS = {
     "egress": "hash:ip",
     "ingress": "hash:ip",
     "bound": "hash:ip",
+    "watched": "hash:ip",
 }
 # What iptables and ipset take as a name as it stands: no wildcard, no separator, no blank.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
@@ -97,7 +98,10 @@ def bridge_ports(pods: Iterable[SteeredPod]) -> tuple[Port, ...]:
 
 
 def set_members(
-    pods: Iterable[SteeredPod], services: Iterable[Prefix], families: Iterable[int]
+    pods: Iterable[SteeredPod],
+    services: Iterable[Prefix],
+    families: Iterable[int],
+    watched: Iterable[bytes] = (),
 ) -> dict[str, set[str]]:
     """Members of every set, as ipset prints them; sets in the order in which they are to be filled."""
     families = tuple(families)
@@ -125,6 +129,8 @@ def set_members(
     for service in services:
         full = service.length == len(service.network) * 8
         put("service", service.family, format_address(service.network) if full else str(service))
+    for address in watched:
+        put("watched", family_of(address), format_address(address))
     return members
 
 
@@ -186,6 +192,11 @@ def adopted_ports(saved: Iterable[Mapping[str, SavedTable]]) -> tuple[Port, ...]
         )
         for name in sorted(addresses)
     )
+
+
+def watch_queue(config: AgentConfig) -> int:
+    """The queue that is shown packets which need no verdict: the one after those that judge."""
+    return config.queue_base + config.queues
 
 
 class Steering:
@@ -274,18 +285,23 @@ class Steering:
         return _remove_rules(variant for variant in VARIANTS if variant is not self.variant) != [] or changed
 
     def apply(
-        self, pods: Sequence[SteeredPod], services: Iterable[Prefix] = (), not_pods: Iterable[str] = ()
+        self,
+        pods: Sequence[SteeredPod],
+        services: Iterable[Prefix] = (),
+        not_pods: Iterable[str] = (),
+        watched: Collection[bytes] = (),
     ) -> None:
         """Steer these pods and no others. `services`: local service addresses; `not_pods`: names of links
-        that only look like a pod's (strict mode, `interfaces.lookalikes`)."""
+        that only look like a pod's (strict mode, `interfaces.lookalikes`); `watched`: addresses whose
+        packets are shown to the watch queue (`watch_queue`) where no verdict is needed."""
         for pod in pods:
             if not _SAFE_NAME.fullmatch(pod.placement.name):
                 raise KernelError(
                     f"pod {pod.key}: iptables cannot match the name of its interface, {pod.placement.name!r}"
                 )
-        wanted = set_members(pods, services, self.families)
+        wanted = set_members(pods, services, self.families, watched)
         ports = bridge_ports(pods)
-        options = self._options_for(not_pods)
+        options = self._options_for(not_pods, watch=bool(watched))
         adds, removals = ipset.change(wanted, self._present_sets())
         ipset.restore(adds)
         if self._unwritten or ports != self._ports or options != self._options:
@@ -309,6 +325,13 @@ class Steering:
             self._untagged, self.unguarded = ports, None
         except KernelError as error:  # all other traffic is judged all the same
             self._untagged, self.unguarded = None, str(error)
+
+    def end_watch(self) -> None:
+        """Show nobody's packets to the watch queue any more; all else stays as it is."""
+        if self._options.watch is None:
+            return
+        self._options = replace(self._options, watch=None)
+        self._write_rules({family: tool.read() for family, tool in self._tools.items()})
 
     def keep_groups(self) -> list[str]:
         """Put the device groups right that somebody changed since `apply`; names those links."""
@@ -366,9 +389,13 @@ class Steering:
         self._sets, self._ports, self._groups, self._untagged = None, (), None, None
         return remove_everything()
 
-    def _options_for(self, not_pods: Iterable[str]) -> Options:
+    def _options_for(self, not_pods: Iterable[str], *, watch: bool = False) -> Options:
         names = tuple(sorted(name for name in not_pods if _SAFE_NAME.fullmatch(name)))
-        return replace(self._options, not_pods=names if self._options.strict else ())
+        return replace(
+            self._options,
+            not_pods=names if self._options.strict else (),
+            watch=watch_queue(self.config) if watch else None,
+        )
 
     def _rules(self, family: int) -> dict[str, TableRules]:
         return render(self._options, self._ports, family)

@@ -34,6 +34,8 @@ CASES: dict[str, tuple[Options, tuple[Port, ...]]] = {
     "bridge-no-offload": (Options(offload=False), PORTS),
     "audit-strict": (Options(strict=True, fail_open=True, audit=True), ()),
     "audit-bridge": (Options(fail_open=True, audit=True), PORTS),
+    "watch": (Options(queues=(4, 7), watch=8), ()),
+    "bridge-watch": (Options(watch=1), PORTS),
     "many-ports": (
         Options(),
         tuple(

@@ -144,6 +144,31 @@ def test_an_agent_after_a_crash_takes_over_what_is_there(lab: Net, variant: Ipta
         assert second.verify() == []
 
 
+def test_watching_comes_and_goes_and_is_not_taken_over(lab: Net, variant: IptablesVariant) -> None:
+    lab.add_pod("a")
+    pods = [lab.steered("a", egress=True)]
+    with inside(lab.node):
+        steer = steering(variant)
+        steer.install()
+        steer.apply(pods)
+        plain = save(variant)
+        watched = [parse_address(lab.address("a"))]
+        steer.apply(pods, watched=watched)
+        assert "PODGATE-WATCHED" in save(variant)
+        assert steer.verify() == []
+        # An agent after a crash knows of nobody who looks on.
+        assert steering(variant).install() is True
+        assert save(variant) == plain
+        steer = steering(variant)
+        steer.install()
+        steer.apply(pods, watched=watched)
+        steer.end_watch()
+        assert save(variant) == plain
+        steer.apply(pods)
+        assert steer.verify() == []
+        assert lab.address("a") not in run("ipset", "save").split("podgate-watched-4", 1)[1]
+
+
 def test_others_bits_of_a_device_group_stay(lab: Net) -> None:
     host = lab.add_pod("a")
     run("ip", "-n", lab.node, "link", "set", host, "group", "0x01000007")
