@@ -23,11 +23,13 @@ from dataplane.observe.control import ControlServer, ask_to_hand_over, someone_l
 from dataplane.observe.health import health_pages
 from dataplane.observe.http import HttpServer
 from dataplane.observe.log import Logger, get_logger
+from dataplane.pod_names import NamesByAddress
 from dataplane.programming import Programming
 from dataplane.sources.contents import summary
 from dataplane.sources.directory import DirectorySource
 from dataplane.sources.store import Store
 from dataplane.telemetry import Telemetry, Watched
+from dataplane.tracing import Tracing
 
 if TYPE_CHECKING:
     from dataplane.sources.kubernetes import KubernetesSource
@@ -82,13 +84,16 @@ class Agent:
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
         pods = CniPods(self.enforcement)
         self.cni = CniServer(config.cni_socket, pods) if config.cni_socket is not None else None
+        names = NamesByAddress(self.enforcement)
         answers = Answers(
             self.enforcement,
             self.source,
             self.programming,
             [pods, *([self.cni] if self.cni is not None else [])],
+            names,
         )
-        self.control = ControlServer(config.control, answers.by_name(), answers.streams(), self._hand_over)
+        streams = Tracing(self.enforcement, names).streams()
+        self.control = ControlServer(config.control, answers.by_name(), streams, self._hand_over)
         telemetry = Telemetry(self.enforcement, self.source, self.programming)
         self.http = HttpServer()
         self.http.add("--metrics-bind-addr", config.metrics, {"/metrics": telemetry.page})

@@ -1,25 +1,23 @@
-"""What the agent answers on its control socket: status, rules, flows, explain, live events."""
+"""What the agent answers on its control socket: status, rules, flows, explain."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from dataplane._engine import judge_flow
 from dataplane._rules import RuleTable
 from dataplane.addresses import format_address
-from dataplane.config import PodNames
 from dataplane.enforcement import Enforcement
 from dataplane.errors import InputError, KernelError
-from dataplane.model import Key, Pod
 from dataplane.node import conntrack
-from dataplane.observe.control import Answer, Query, Stream
-from dataplane.observe.events import deciding_policy, describe_event, pod_name, protocol_name
-from dataplane.observe.live import CAPTURE
-from dataplane.plan import Plan, node_addresses
+from dataplane.observe.control import Answer, Query
+from dataplane.observe.events import deciding_policy, pod_name, protocol_name
+from dataplane.plan import node_addresses
+from dataplane.pod_names import NamesByAddress
 from dataplane.policy.explain import describe_rules
 from dataplane.policy.explainer import Explainer
 
@@ -47,24 +45,25 @@ class Reachable(Protocol):
 
 
 class Answers:
-    """Reads the state of enforcement; changes nothing but how many events are captured."""
+    """Reads the state of enforcement; changes nothing."""
 
     def __init__(
-        self, enforcement: Enforcement, source: Source, latencies: Latencies, cni: Sequence[Reachable]
+        self,
+        enforcement: Enforcement,
+        source: Source,
+        latencies: Latencies,
+        cni: Sequence[Reachable],
+        names: NamesByAddress,
     ) -> None:
         self.enforcement = enforcement
         self.source = source
         self.latencies = latencies
         self.cni = cni
-        self._named: tuple[Plan | None, tuple[Pod, ...], Mapping[bytes, Key]] = (None, (), {})
+        self._names = names
 
     def by_name(self) -> Mapping[str, Answer]:
         """The single answers, by path."""
         return {"status": self.status, "rules": self.rules, "flows": self.flows, "explain": self.explain}
-
-    def streams(self) -> Mapping[str, Stream]:
-        """The streams of JSON lines, by path."""
-        return {"events": self.events}
 
     def _table(self) -> RuleTable:
         table = self.enforcement.publisher.table
@@ -191,32 +190,3 @@ class Answers:
                 }
             )
         return rows
-
-    def _names(self) -> Mapping[bytes, Key]:
-        """The pods that addresses belong to: this node's, and with `--pod-names cluster` all others'."""
-        plan, pods = self.enforcement.in_force, self.enforcement.snapshot.pods
-        if self._named[:2] != (plan, pods):  # compares objects that are most often the same
-            names: dict[bytes, Key] = {}
-            if self.enforcement.config.pod_names is PodNames.CLUSTER:
-                for pod in pods:
-                    if not pod.finished and not pod.host_network:
-                        names.update(dict.fromkeys(pod.ips, pod.key))
-            for key, known in plan.pods.items() if plan else ():
-                names.update(dict.fromkeys(known.addresses, key))
-            self._named = (plan, pods, names)
-        return self._named[2]
-
-    def events(self, query: Query) -> AsyncIterator[dict[str, Any]]:
-        """Live verdicts while somebody reads. `capture`: denied, misses (the default) or all."""
-        capture = query.get("capture", "misses")
-        if capture not in CAPTURE:
-            raise InputError(f"capture={capture}: one of {', '.join(CAPTURE)}")
-        return self._events(capture)
-
-    async def _events(self, capture: str) -> AsyncIterator[dict[str, Any]]:
-        node = self.enforcement.config.node_name
-        with self.enforcement.live.read(CAPTURE[capture]) as reader:
-            while True:
-                events, names = await reader.take(), self._names()
-                for event in events:
-                    yield describe_event(event, names, node)

@@ -23,6 +23,7 @@ COMMANDS = {
     "matrix": "matrix",
     "rules": "rules",
     "flows": "flows",
+    "trace": "trace",
     "doctor": "doctor",
     "cleanup": "cleanup",
     "lab": "lab",

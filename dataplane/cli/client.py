@@ -6,7 +6,8 @@ import http.client
 import json
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -63,6 +64,36 @@ def is_own(control: Path) -> bool:
     return bool(struct.unpack("3i", credentials)[0])
 
 
+@contextmanager
+def streaming(
+    control: Path, what: str, query: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Iterator[Any]]:
+    """The items of the agent's stream /`what`, as they come; the iterator ends when the agent does.
+
+    AgentUnreachable when no agent answers, InputError when it refuses.
+    """
+    connection = _UnixConnection(control, TIMEOUT_SECONDS)
+    try:
+        with _saying_what_failed(control):
+            connection.request("GET", f"/{what}?{urlencode(query)}")
+            response = connection.getresponse()
+            if response.status != 200:
+                raise _refusal(response.status, json.loads(response.read()))
+        connection.sock.settimeout(None)  # silence is no fault from here on
+        yield _lines(response)
+    finally:
+        connection.close()
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[Any]:
+    # An agent that is killed ends in the middle of whatever it was writing.
+    with suppress(OSError, http.client.HTTPException):
+        while line := response.readline():
+            if not line.endswith(b"\n"):
+                return
+            yield json.loads(line)
+
+
 def ask(
     control: Path,
     what: str,
@@ -72,9 +103,21 @@ def ask(
     """The agent's answer to GET /`what`. AgentUnreachable when no agent answers."""
     connection = _UnixConnection(control, timeout)
     try:
-        connection.request("GET", f"/{what}?{urlencode(query)}")
-        response = connection.getresponse()
-        body = json.loads(response.read())
+        with _saying_what_failed(control):
+            connection.request("GET", f"/{what}?{urlencode(query)}")
+            response = connection.getresponse()
+            body = json.loads(response.read())
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise _refusal(response.status, body)
+    return body
+
+
+@contextmanager
+def _saying_what_failed(control: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise AgentUnreachable(
             f"no agent at {control}: start one with `podgate agent`, or name its socket with --control"
@@ -83,8 +126,8 @@ def ask(
         raise AgentUnreachable(f"{control}: permission denied; the agent's socket is root's") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise AgentUnreachable(f"the agent at {control} does not answer: {error}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise InputError(body.get("error", f"the agent answered {response.status}"))
-    return body
+
+
+def _refusal(status: int, body: Any) -> InputError:
+    said = body.get("error") if isinstance(body, dict) else None
+    return InputError(said or f"the agent answered {status}")

@@ -10,8 +10,8 @@ import asyncio
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from dataplane.errors import InputError, PodgateError
 
 Query = Mapping[str, str]
 Answer = Callable[[Query], Awaitable[Any]]
-Stream = Callable[[Query], AsyncIterator[Any]]
+# In batches, the first of which (it may be empty) says that the stream has begun.
+Stream = Callable[[Query], AsyncGenerator[Sequence[Any], None]]
 
 # A reader of a stream never finishes by itself, and must not keep the agent from ending.
 SHUTDOWN_SECONDS = 0.5
@@ -107,17 +108,21 @@ class ControlServer:
     @staticmethod
     def _stream(stream: Stream) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
-            try:
-                items = stream(request.query)
-            except PodgateError as error:
-                return _refusal(error)
-            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-            await response.prepare(request)
-            # The reader going away is how a stream ends.
-            with suppress(ConnectionError, asyncio.CancelledError):
-                async for item in items:
-                    await response.write(json.dumps(item).encode() + b"\n")
-            return response
+            async with aclosing(stream(request.query)) as batches:
+                try:
+                    batch = await anext(batches)
+                except PodgateError as error:
+                    return _refusal(error)
+                response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+                # The reader going away is how a stream ends.
+                with suppress(ConnectionError, asyncio.CancelledError):
+                    await response.prepare(request)
+                    while True:
+                        lines = [json.dumps(item).encode() + b"\n" for item in batch]
+                        if lines:
+                            await response.write(b"".join(lines))
+                        batch = await anext(batches)
+                return response
 
         return handle
 

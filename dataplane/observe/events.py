@@ -59,6 +59,7 @@ def _rule(end: End, direction: Direction) -> tuple[Key, int] | None:
 def _describe_end(end: End, direction: Direction) -> dict[str, Any]:
     policy, rule = _rule(end, direction) or (None, None)
     return {
+        "pod": str(end.pod.key) if end.pod is not None else None,
         "reason": None if end.reason is Reason.NONE else end.reason.text,
         "policy": str(policy) if policy else None,
         "rule": rule,

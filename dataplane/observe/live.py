@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from dataplane._engine import Worker
+from dataplane._events import EventFilter, take
 from dataplane.reasons import Reason
 from dataplane.verdict import Event
 
@@ -44,10 +45,17 @@ class Reader:
     """One consumer of live verdicts. A context manager; reading ends with it."""
 
     def __init__(
-        self, live: LiveVerdicts, capture: int, wanted: Wanted | None, room: int, data: bool
+        self,
+        live: LiveVerdicts,
+        capture: int,
+        wanted: Wanted | None,
+        first: EventFilter | None,
+        room: int,
+        data: bool,
     ) -> None:
         self.capture = capture
         self.data = data
+        self.first = first or EventFilter(capture=capture)
         self._live = live
         self._wanted = wanted
         self._room = room
@@ -116,21 +124,23 @@ class LiveVerdicts:
         capture: int = CAPTURE["misses"],
         wanted: Wanted | None = None,
         *,
+        first: EventFilter | None = None,
         room: int = READER_EVENTS,
         data: bool = False,
     ) -> Reader:
         """Begin to read, with a running event loop.
 
-        `capture`: a level of CAPTURE; `wanted` chooses among those events, and is called for every one
-        of them; `room`: how far the reader may lag; `data`: events with the beginning of their packet,
-        for which the rings need 256 bytes per entry from the first such reader on.
+        `capture`: a level of CAPTURE. `first` and `wanted` choose among those events: `first` before an
+        event is made for Python, so that what it leaves out costs next to nothing, `wanted` afterwards.
+        `room`: how far the reader may lag. `data`: events with the beginning of their packet, for which
+        the rings need 256 bytes per entry from the first such reader on.
         """
         if not self._readers:  # what the last reader left must not be taken for this one's
             for worker in self._workers:
                 while worker.events(TAKEN_AT_ONCE):
                     pass
             self._told = self.lost_in_rings
-        reader = Reader(self, capture, wanted, room, data)
+        reader = Reader(self, capture, wanted, first, room, data)
         self._readers.append(reader)
         self._set_capture()
         if self._pump is None or self._pump.done():
@@ -171,8 +181,9 @@ class LiveVerdicts:
         while self._readers:
             began = time.monotonic()
             taken: list[Event] = []
+            filters = [reader.first for reader in self._readers]
             for worker in self._workers:
-                taken += worker.events(TAKEN_AT_ONCE)
+                taken += take(worker, TAKEN_AT_ONCE, filters)
             if taken:
                 taken.sort(key=attrgetter("when_ns"))
                 self._deliver(taken)

@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, int32_t
 from libc.stddef cimport size_t
 
 from dataplane._packet cimport packet_t, flow_t
-from dataplane._reasons cimport reason_t
+from dataplane._reasons cimport R_AUDIT, reason_t
 from dataplane._rules cimport table_t, RuleTable
 from dataplane._flows cimport cache_t
 
@@ -101,6 +101,11 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
 # originator's packets have it after translation. No cache, no counters.
 cdef void judge_flow(const table_t *table, const flow_t *flow, verdict_t *out) noexcept nogil
 
+# Whether a verdict is recorded at a capture level.
+cdef inline bint is_captured(uint32_t level, const verdict_t *verdict) noexcept nogil:
+    return not verdict.allow or level == CAPTURE_ALL or (
+        not verdict.cached and (level == CAPTURE_MISSES or verdict.reason == R_AUDIT))
+
 cdef class Publisher:
     cdef table_t *current         # atomic
     cdef list _tables             # every RuleTable a worker may still see, newest last
@@ -119,3 +124,10 @@ cdef class Worker:
 
 # A verdict as dataplane.verdict.Verdict; `pods`: those of the table it was given by, or None.
 cdef object verdict_to_python(const verdict_t *verdict, object pods)
+
+# For the one reader of a worker's ring. Events from ring_tail to before the head are there to be read;
+# `events_took` gives the room of those before `tail` back.
+cdef uint64_t events_head(Worker worker)
+cdef bint events_took(Worker worker, uint64_t tail) except False
+# `data`: the beginning of the packet as far as it was kept.
+cdef object event_to_python(const event_t *event, Publisher publisher, bytes data)

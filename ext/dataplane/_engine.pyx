@@ -428,7 +428,7 @@ cdef void count_ends(worker_t *worker, const verdict_t *out) noexcept nogil:
 cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, size_t wire,
                        const path_t *path, verdict_t *out) noexcept nogil:
     cdef packet_t packet
-    cdef uint32_t capture, level
+    cdef uint32_t capture
     judge_bytes(worker.table, worker, data, captured, wire, path, &packet, out)
     if worker.observer:
         out.allow = 1
@@ -443,11 +443,8 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
     if worker.tally != NULL and not (out.allow and out.cached):
         count_ends(worker, out)
     capture = get_u32(&worker.capture)
-    if capture:
-        level = capture & CAPTURE_LEVEL
-        if not out.allow or level == CAPTURE_ALL or (
-                not out.cached and (level == CAPTURE_MISSES or out.reason == R_AUDIT)):
-            record(worker, &packet, path, out, data, captured, capture & CAPTURE_BYTES != 0)
+    if capture and is_captured(capture & CAPTURE_LEVEL, out):
+        record(worker, &packet, path, out, data, captured, capture & CAPTURE_BYTES != 0)
 
 
 # ---- Python faces ------------------------------------------------------------------------------
@@ -827,6 +824,15 @@ cdef class Worker:
         free(offsets)
         free(paths)
         return took / (n * turns)
+
+
+cdef uint64_t events_head(Worker worker):
+    return get_u64(&worker.c.ring_head)
+
+
+cdef bint events_took(Worker worker, uint64_t tail) except False:
+    set_u64(&worker.c.ring_tail, tail)
+    return True
 
 
 cdef object event_to_python(const event_t *event, Publisher publisher, bytes data):

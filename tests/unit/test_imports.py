@@ -66,6 +66,8 @@ FORBIDDEN = {
     "enforcement": {"sources", "lab", "cli", "agent", "answers", "cni", "controller"},
     "answers": {"sources", "lab", "cli", "agent", "cni"},
     "telemetry": {"sources", "lab", "cli", "agent", "answers"},
+    "watching": {"sources", "lab", "cli", "agent", "enforcement", "answers", "tracing", "cni"},
+    "tracing": {"sources", "lab", "cli", "agent", "answers", "cni"},
     "cni": {"sources", "lab", "cli", "agent", "answers", "controller"},
     "controller": {"node", "lab", "cli", "agent", "enforcement", "plan", "answers", "telemetry", "cni"},
 }
