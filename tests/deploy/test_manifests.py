@@ -118,10 +118,16 @@ def test_kustomize_and_helm_mean_the_same(tmp_path: Path, components: list[str],
 def test_the_controller_is_the_same_from_both(
     tmp_path: Path, components: list[str], settings: list[str]
 ) -> None:
-    settings = ["controller.enabled=true", "crds.install=true", *settings]
-    from_helm = templated(*settings)
-    del one(from_helm, "CustomResourceDefinition")["metadata"]["annotations"]
+    from_helm = templated("controller.enabled=true", *settings)
     assert meaning(kustomized(tmp_path, *components, controller=True)) == meaning(from_helm)
+
+
+@needs_kubectl
+def test_deleting_the_controllers_objects_deletes_nobodys_policies() -> None:
+    objects = documents(run("kubectl", "kustomize", DEPLOY / "controller"))
+    assert "CustomResourceDefinition" not in {each["kind"] for each in objects}
+    (definition,) = documents(run("kubectl", "kustomize", DEPLOY / "crds"))
+    assert definition["kind"] == "CustomResourceDefinition"
 
 
 @needs_kubectl
