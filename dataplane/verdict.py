@@ -5,6 +5,7 @@ Addresses are packed bytes (`dataplane.addresses`); times are nanoseconds since 
 
 from __future__ import annotations
 
+import enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from dataplane.addresses import BITS, Prefix, format_address
@@ -96,6 +97,34 @@ class Event(NamedTuple):
     known: bool
     verdict: Verdict
     data: bytes = b""
+
+
+class Began(enum.IntEnum):
+    """How a capture told which end opened a flow. Only `OPENED` flows began within the capture."""
+
+    OPENED = 0  # its first packet says so (a SYN, an echo request), or says nothing else (UDP)
+    ANSWERED = 1  # its first packet answers one that the capture lacks: a SYN-ACK, an echo reply
+    BY_PORTS = 2  # the end with the service's port, or the lower one, is taken to have been asked
+    BY_SENDER = 3  # the ports tell nothing: whoever was seen first is taken to have opened it
+
+
+class Conversation(NamedTuple):
+    """A flow of a capture with its verdict. `flow` is as its originator's packets have it.
+
+    `packets` and `bytes` (of IP packets, headers included) are of the originator and of the replies;
+    `related` counts ICMP errors about it, which are in neither. `opened` counts the packets that
+    opened it, such as SYNs: a port that is used again gives no new flow. Times are nanoseconds.
+    """
+
+    flow: Flow
+    began: Began
+    opened: int
+    first_ns: int
+    last_ns: int
+    packets: tuple[int, int]
+    bytes: tuple[int, int]
+    related: int
+    verdict: Verdict
 
 
 class Allowed(NamedTuple):

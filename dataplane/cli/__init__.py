@@ -21,6 +21,7 @@ COMMANDS = {
     "explain": "explain",
     "check": "check",
     "matrix": "matrix",
+    "replay": "replay",
     "rules": "rules",
     "flows": "flows",
     "trace": "trace",

@@ -9,7 +9,7 @@ from typing import Any
 from dataplane.addresses import format_address
 from dataplane.model import PROTOCOL_NAMES, Direction, Key
 from dataplane.reasons import Reason
-from dataplane.verdict import End, Event, Verdict
+from dataplane.verdict import Conversation, End, Event, Flow, Verdict
 
 OTHER_PROTOCOLS = {1: "ICMP", 58: "ICMPv6", 33: "DCCP", 136: "UDPLITE", 47: "GRE", 50: "ESP", 51: "AH"}
 
@@ -78,12 +78,57 @@ def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -
     their `reason` null where that end was not asked. `would_deny`: why it would be denied but for an audit.
     `policies`: those that isolate the pod at the end that denies, or would.
     """
-    verdict, packet, flow = event.verdict, event.packet, event.packet.flow
-    policy, rule = deciding_rule(verdict) or (None, None)
+    packet, flow = event.packet, event.packet.flow
     readable = packet.reason is Reason.NONE
     icmp = readable and flow.protocol in (1, 58)
     return {
-        "ts": datetime.fromtimestamp(event.when_ns / 1e9, UTC).isoformat(timespec="microseconds"),
+        "ts": _time(event.when_ns),
+        **_decision(event.verdict),
+        **_ends(flow, names),
+        "tcp_flags": flag_names(packet.tcp_flags) if readable and flow.protocol == 6 else None,
+        "icmp_type": packet.icmp_type if icmp else None,
+        "icmp_code": packet.icmp_code if icmp else None,
+        "node": node,
+        "reply": event.reply,
+        "cached": event.verdict.cached,
+        "generation": event.generation,
+        "bytes": packet.length,
+    }
+
+
+def describe_conversation(flow: Conversation, names: Mapping[bytes, Key]) -> dict[str, Any]:
+    """A flow of a capture as a JSON-ready record, as its originator's packets have it.
+
+    `ts` is the time of its first packet, `last` of its last. `packets` and `bytes` are of its
+    originator, `reply_packets` and `reply_bytes` of the other end; `related` counts ICMP errors.
+    `began` is `opened`, or says how its direction was told where it began before the capture.
+    """
+    icmp = flow.flow.protocol in (1, 58)
+    return {
+        "ts": _time(flow.first_ns),
+        **_decision(flow.verdict),
+        **_ends(flow.flow, names),
+        "icmp_type": flow.flow.dport >> 8 if icmp else None,
+        "icmp_code": flow.flow.dport & 0xFF if icmp else None,
+        "node": None,
+        "last": _time(flow.last_ns),
+        "began": flow.began.name.lower().replace("_", "-"),
+        "opened": flow.opened,
+        "packets": flow.packets[0],
+        "bytes": flow.bytes[0],
+        "reply_packets": flow.packets[1],
+        "reply_bytes": flow.bytes[1],
+        "related": flow.related,
+    }
+
+
+def _time(when_ns: int) -> str:
+    return datetime.fromtimestamp(when_ns / 1e9, UTC).isoformat(timespec="microseconds")
+
+
+def _decision(verdict: Verdict) -> dict[str, Any]:
+    policy, rule = deciding_rule(verdict) or (None, None)
+    return {
         "verdict": "allow" if verdict.allow else "deny",
         "reason": verdict.reason.text,
         "would_deny": verdict.audited.text if verdict.audited is not Reason.NONE else None,
@@ -91,6 +136,13 @@ def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -
         "policy": str(policy) if policy else None,
         "rule": rule,
         "policies": [str(each) for each in isolating(verdict)],
+        "egress": _describe_end(verdict.egress, Direction.EGRESS),
+        "ingress": _describe_end(verdict.ingress, Direction.INGRESS),
+    }
+
+
+def _ends(flow: Flow, names: Mapping[bytes, Key]) -> dict[str, Any]:
+    return {
         "src": format_address(flow.src) if flow.src else None,
         "src_port": flow.sport if flow.has_ports else None,
         "dst": format_address(flow.dst) if flow.dst else None,
@@ -98,14 +150,4 @@ def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -
         "protocol": protocol_name(flow.protocol),
         "src_pod": pod_name(names, flow.src),
         "dst_pod": pod_name(names, flow.dst),
-        "tcp_flags": flag_names(packet.tcp_flags) if readable and flow.protocol == 6 else None,
-        "icmp_type": packet.icmp_type if icmp else None,
-        "icmp_code": packet.icmp_code if icmp else None,
-        "egress": _describe_end(verdict.egress, Direction.EGRESS),
-        "ingress": _describe_end(verdict.ingress, Direction.INGRESS),
-        "node": node,
-        "reply": event.reply,
-        "cached": verdict.cached,
-        "generation": event.generation,
-        "bytes": packet.length,
     }

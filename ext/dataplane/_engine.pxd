@@ -106,6 +106,9 @@ cdef inline bint is_captured(uint32_t level, const verdict_t *verdict) noexcept 
     return not verdict.allow or level == CAPTURE_ALL or (
         not verdict.cached and (level == CAPTURE_MISSES or verdict.reason == R_AUDIT))
 
+# The flow of a packet's reply, seen from the other end: ICMP replies become the requests they answer.
+cdef void turn_round(flow_t *flow) noexcept nogil
+
 cdef class Publisher:
     cdef table_t *current         # atomic
     cdef list _tables             # every RuleTable a worker may still see, newest last

@@ -79,7 +79,7 @@ cdef enum:
 
 # ---- one flow ----------------------------------------------------------------------------------
 
-cdef inline void turn_round(flow_t *flow) noexcept nogil:
+cdef void turn_round(flow_t *flow) noexcept nogil:
     cdef addr_t address = flow.src
     cdef uint16_t port
     cdef uint8_t kind

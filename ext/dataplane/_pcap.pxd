@@ -15,6 +15,7 @@ cdef struct record_t:
     const uint8_t *data           # good until the next record is read
     uint32_t captured             # bytes at `data`
     uint32_t wire                 # bytes the packet had, at least `captured`
+    uint32_t link                 # bytes of link header before `data`
 
 cdef enum read_t:
     READ_FAILED = -1              # what is left cannot be read; Capture.error says why

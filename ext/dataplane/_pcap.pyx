@@ -137,6 +137,7 @@ cdef read_t capture_next(pcap_t *handle, int linktype, record_t *out) noexcept n
     else:
         out.when_ns = 0
     out.data = data + offset
+    out.link = <uint32_t>offset
     out.captured = header.caplen - <uint32_t>offset
     out.wire = header.len - <uint32_t>offset if header.len > header.caplen else out.captured
     return READ_PACKET

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_resolve_vs_naive import DIFFERING_PORTS, EXTERNAL, Raw, snapshot_of, worlds
+from test_resolve_vs_naive import EXTERNAL, HTTP, Raw, snapshot_of, three_pods, worlds
 
 from dataplane.policy.compile import Compiler
 from dataplane.policy.explain import (
@@ -49,7 +49,7 @@ def told(end: EndVerdict) -> dict[str, Any]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds_on_nodes(), st.sampled_from([4, 6]))
-@example(DIFFERING_PORTS, 4)
+@example(three_pods({"egress": [{"to": [{"namespaceSelector": {}}], "ports": [HTTP]}]}), 4)
 def test_every_cell_is_what_explain_says(world: Raw, family: int) -> None:
     snapshot = in_force(snapshot_of(world))
     table, known = table_of_everything(snapshot, Compiler()), known_pods(snapshot)
