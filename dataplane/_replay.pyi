@@ -2,7 +2,6 @@ from collections.abc import Collection, Sequence
 from typing import Self, final
 
 from dataplane._engine import Publisher, Worker
-from dataplane._pcap import RAW_IP as RAW_IP
 from dataplane._pcap import Capture, Filter
 from dataplane.reasons import Reason
 from dataplane.verdict import Conversation, Event

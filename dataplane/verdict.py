@@ -112,7 +112,8 @@ class Conversation(NamedTuple):
     """A flow of a capture with its verdict. `flow` is as its originator's packets have it.
 
     `packets` and `bytes` (of IP packets, headers included) are of the originator and of the replies;
-    `related` counts ICMP errors about it, which are in neither. `opened` counts the packets that
+    `related` counts ICMP errors about it, which are in neither. `answered`: the other end sent something
+    that does not refuse it, as a TCP RST does. `opened` counts the packets that
     opened it, such as SYNs: a port that is used again gives no new flow. Times are nanoseconds.
     """
 
@@ -124,6 +125,7 @@ class Conversation(NamedTuple):
     packets: tuple[int, int]
     bytes: tuple[int, int]
     related: int
+    answered: bool
     verdict: Verdict
 
 

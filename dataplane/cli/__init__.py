@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "check",
     "matrix": "matrix",
     "replay": "replay",
+    "advise": "advise",
     "rules": "rules",
     "flows": "flows",
     "trace": "trace",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -16,28 +15,33 @@ if TYPE_CHECKING:
     from dataplane._pcap import Capture, Filter
 
 
-@contextmanager
-def open_capture(path: Path) -> Iterator[Capture]:
-    """The capture in a file, `-` for standard input. Warns at the end of one that ended early.
-
-    InputError when it cannot be read, or is no capture.
-    """
+def open_capture(file: IO[bytes], name: str) -> Capture:
+    """The capture in an open file, which `name` is to people. InputError when it is none."""
     from dataplane._pcap import Capture
 
     try:
-        if str(path) == "-":
-            capture = Capture(sys.stdin.buffer)
-        else:
-            with path.open("rb") as file:
-                capture = Capture(file)
+        return Capture(file)
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{name}: no capture that can be read (pcap or pcapng): {error}") from None
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A file, or standard input for `-`, without a buffer. InputError when it cannot be read."""
+    try:
+        return open(
+            sys.stdin.fileno() if str(path) == "-" else path, "rb", buffering=0, closefd=str(path) != "-"
+        )
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: no capture that can be read (pcap or pcapng): {error}") from None
-    yield capture
+
+
+def warn_of_end(capture: Capture, name: str) -> None:
+    """Says on stderr when reading ended before the capture did."""
     if capture.error is not None:
         click.echo(
-            f"podgate: warning: {path}: {capture.error}; {capture.packets:,} packets before that were read",
+            f"podgate: warning: {name}: {capture.error}; {capture.packets:,} packets before that were read",
             err=True,
         )
 
@@ -52,6 +56,18 @@ def parse_filter(expression: str | None) -> Filter | None:
         return Filter(expression)
     except ValueError as error:
         raise InputError(f"--filter {expression!r}: {error}; pcap-filter(7) tells how to write it") from None
+
+
+def count(number: int, what: str, many: str = "") -> str:
+    """`1 flow`, `2,000 flows`."""
+    return f"{number:,} {what if number == 1 else many or f'{what}s'}"
+
+
+def port_name(protocol: int, port: int | None) -> str:
+    """`80/TCP`, or a protocol without ports by its name."""
+    from dataplane.observe.events import protocol_name
+
+    return protocol_name(protocol) if port is None else f"{port}/{protocol_name(protocol)}"
 
 
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> Iterator[str]:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dataplane.cli.captures import columns, open_capture, parse_filter
+from dataplane.cli.captures import (
+    columns,
+    count,
+    open_capture,
+    open_file,
+    parse_filter,
+    port_name,
+    warn_of_end,
+)
 from dataplane.cli.client import output_option
 from dataplane.cli.objects import read_objects
 from dataplane.cli.progress import progress
@@ -68,14 +76,16 @@ def command(
     known = read_objects(paths).snapshot
     other = read_objects(others).snapshot if others else None
     packet_by_packet = not summary and other is None
-    with open_capture(file) as capture:
-        policies = Policies(known)
-        replay = policies.replay(chosen)
-        if packet_by_packet:
-            _print_packets(read_packets(replay, capture, policies.names), output)
-        else:
-            with progress(f"Replaying {file}"):
-                read_through(replay, capture)
+    with open_file(file) as opened:
+        capture = open_capture(opened, str(file))
+    policies = Policies(known)
+    replay = policies.replay(chosen)
+    if packet_by_packet:
+        _print_packets(read_packets(replay, capture, policies.names), output)
+    else:
+        with progress(f"Replaying {file}"):
+            read_through(replay, capture)
+    warn_of_end(capture, str(file))
     if packet_by_packet and output == "json":
         return
     with progress("Gathering flows"):
@@ -101,18 +111,6 @@ def _print_packets(records: Iterator[dict[str, Any]], output: str) -> None:
 
 
 # --- text ------------------------------------------------------------------------------------------------
-
-
-def count(number: int, what: str) -> str:
-    """`1 flow`, `2,000 flows`."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
-def port_name(protocol: int, port: int | None) -> str:
-    """`80/TCP`, or a protocol without ports by its name."""
-    from dataplane.observe.events import protocol_name
-
-    return protocol_name(protocol) if port is None else f"{port}/{protocol_name(protocol)}"
 
 
 def _summary(

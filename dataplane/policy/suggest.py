@@ -8,8 +8,6 @@ isolates it, and an allow rule must not cut what it did not mean.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,46 +24,12 @@ from dataplane.model import (
     NetworkPolicyPeer,
     NetworkPolicyPort,
     NetworkPolicyRule,
-    Operator,
-    Pod,
     Snapshot,
 )
 from dataplane.policy.normalize import NAME_LABEL
 from dataplane.policy.selectors import matches
 from dataplane.policy.why import Whys
-
-# What names a workload, most telling first; other labels follow by name.
-_TELLING = (
-    "app.kubernetes.io/name",
-    "app.kubernetes.io/component",
-    "app.kubernetes.io/instance",
-    "app",
-    "k8s-app",
-    "name",
-    "component",
-    "tier",
-    "role",
-    "app.kubernetes.io/part-of",
-)
-# What controllers and package managers write anew for each pod, roll-out or release.
-_PASSING = frozenset(
-    {
-        "pod-template-hash",
-        "pod-template-generation",
-        "controller-revision-hash",
-        "statefulset.kubernetes.io/pod-name",
-        "apps.kubernetes.io/pod-index",
-        "batch.kubernetes.io/job-name",
-        "batch.kubernetes.io/controller-uid",
-        "batch.kubernetes.io/job-completion-index",
-        "job-name",
-        "controller-uid",
-        "app.kubernetes.io/version",
-        "helm.sh/chart",
-        "chart",
-    }
-)
-_NAME_LENGTH = 63  # longer ones are valid, but nobody reads them
+from dataplane.policy.workloads import Workloads, unused_name, word_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +42,7 @@ class Suggestion:
 
     def document(self) -> dict[str, Any] | None:
         """The policy as a manifest, ready for YAML or JSON."""
-        return None if self.policy is None else _document(self.policy, self.direction)
+        return None if self.policy is None else policy_document(self.policy)
 
     def yaml(self) -> str:
         """The policy as a YAML document, ready to apply, with the comments as such; both may be missing."""
@@ -96,11 +60,7 @@ class Suggestions:
         self._whys = whys
         self._written = {policy.key: policy for policy in known.network_policies}
         self._taken = set(self._written) | {endpoint.policy for endpoint in known.policy_endpoints}
-        self._live = {pod.key: pod for pod in known.pods if not pod.finished}
-        self._by_namespace: defaultdict[str, list[Pod]] = defaultdict(list)
-        for pod in self._live.values():
-            self._by_namespace[pod.key.namespace].append(pod)
-        self._labels: dict[Key, Mapping[str, str]] = {}
+        self._workloads = Workloads(known.pods)
 
     def allow(
         self, pod: Key, direction: Direction, peer: bytes, protocol: int | None, port: int
@@ -123,9 +83,11 @@ class Suggestions:
             what = f"{port}-{PROTOCOL_NAMES[protocol].lower()}"
         rules = (NetworkPolicyRule((item,), ports),)
         egress = direction is Direction.EGRESS
-        own = _workload(selector) or pod.name
+        own = word_of(selector) or pod.name
         policy = NetworkPolicy(
-            self._name(pod.namespace, f"{own}-{'to' if egress else 'from'}-{peer_name}-{what}"),
+            unused_name(
+                pod.namespace, f"allow-{own}-{'to' if egress else 'from'}-{peer_name}-{what}", self._taken
+            ),
             selector,
             frozenset({direction}),
             ingress=() if egress else rules,
@@ -139,7 +101,7 @@ class Suggestions:
         policies = self._whys.policies(pod, direction)
         known_policies = [self._written[key] for key in policies if key in self._written]
         written = [policy.pod_selector for policy in known_policies]
-        known = self._live.get(pod)
+        known = self._workloads.live.get(pod)
         if known is None:
             if not written:
                 comments.append(
@@ -150,7 +112,7 @@ class Suggestions:
                 f"the labels of {pod} are not known here: this selects all pods of {known_policies[0].key}"
             )
             return written[0]
-        selector = self._workload_of(known, comments)
+        selector = self._workloads.selector_of(known, comments)
         if not selector.requirements:
             comments.append(f"{pod} has no labels: this selects every pod of namespace {pod.namespace}")
         if not policies:
@@ -174,7 +136,7 @@ class Suggestions:
         """The pods that a policy with this selector would newly isolate."""
         return sorted(
             pod.key
-            for pod in self._by_namespace[namespace]
+            for pod in self._workloads.by_namespace[namespace]
             if pod.ips  # without an address it is not isolated yet, by whatever policy
             and not pod.host_network
             and not self._whys.policies(pod.key, direction)
@@ -188,11 +150,11 @@ class Suggestions:
         text = format_address(address)
         if len(holders) == 1 and not holders[0].host_network and holders[0].labels:
             pod = holders[0]
-            selector = self._workload_of(pod, comments)
+            selector = self._workloads.selector_of(pod, comments)
             there = pod.key.namespace
             own = there == namespace
             spaces = None if own else LabelSelector.of({NAME_LABEL: there})
-            name = _workload(selector) or pod.key.name
+            name = word_of(selector) or pod.key.name
             return NetworkPolicyPeer(selector, spaces), name if own else f"{there}-{name}"
         if any(pod.host_network for pod in holders):
             comments.append(f"{text} is a node's address: all that runs on that node's network has it")
@@ -205,71 +167,33 @@ class Suggestions:
         block = IPBlock(Prefix(address, BITS[len(address)]))
         return NetworkPolicyPeer(ip_block=block), re.sub(r"[^0-9a-f]+", "-", text).strip("-")
 
-    # --- labels and names ---------------------------------------------------------------------------------
-
-    def _workload_of(self, pod: Pod, comments: list[str]) -> LabelSelector:
-        """Those of a pod's lasting labels that it takes to select as few pods of its namespace as all do."""
-        if pod.key not in self._labels:
-            lasting = {key: value for key, value in pod.labels.items() if key not in _PASSING}
-            self._labels[pod.key] = self._fewest(pod, lasting or pod.labels)
-        labels = self._labels[pod.key]
-        if labels and _PASSING.issuperset(labels):
-            comments.append(
-                f"{pod.key} has no label that outlives a roll-out: give it one, and use that here"
-            )
-        return LabelSelector.of(labels)
-
-    def _fewest(self, pod: Pod, labels: Mapping[str, str]) -> Mapping[str, str]:
-        ranked = sorted(
-            labels, key=lambda key: (_TELLING.index(key) if key in _TELLING else len(_TELLING), key)
-        )
-        left = self._by_namespace[pod.key.namespace]
-        chosen: dict[str, str] = {}
-        for key in ranked:
-            fewer = [each for each in left if each.labels.get(key) == labels[key]]
-            # The first is taken in any case: without one the selector would select pods yet to come.
-            if not chosen or len(fewer) < len(left):
-                chosen[key] = labels[key]
-                left = fewer
-        return chosen
-
-    def _name(self, namespace: str, wanted: str) -> Key:
-        base = re.sub(r"[^a-z0-9]+", "-", f"allow-{wanted}".lower())[:_NAME_LENGTH].strip("-")
-        key, number = Key(namespace, base), 1
-        while key in self._taken:
-            number += 1
-            key = Key(namespace, f"{base[: _NAME_LENGTH - len(str(number)) - 1].rstrip('-')}-{number}")
-        return key
-
-
-def _workload(selector: LabelSelector) -> str:
-    """A word for what a selector selects: the value of its most telling label."""
-    values = {each.key: each.values[0] for each in selector.requirements if each.operator is Operator.IN}
-    return next((values[key] for key in _TELLING if values.get(key)), "")
-
 
 def _both(one: LabelSelector, other: LabelSelector) -> LabelSelector:
     return LabelSelector(tuple(sorted({*one.requirements, *other.requirements})))
 
 
-def _document(policy: NetworkPolicy, direction: Direction) -> dict[str, Any]:
-    egress = direction is Direction.EGRESS
-    peers = "to" if egress else "from"
-    rules = [
-        {peers: [_peer_document(peer) for peer in rule.peers]}
-        | ({"ports": [_port_document(port) for port in rule.ports]} if rule.ports else {})
-        for rule in (policy.egress if egress else policy.ingress)
-    ]
+def policy_document(policy: NetworkPolicy) -> dict[str, Any]:
+    """A policy as a manifest. It must have policy types; rules are written for these alone."""
+    types = [direction for direction in Direction if direction in (policy.policy_types or ())]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": {"name": policy.key.name, "namespace": policy.key.namespace},
         "spec": {
             "podSelector": selector_manifest(policy.pod_selector),
-            "policyTypes": ["Egress" if egress else "Ingress"],
-            str(direction): rules,
+            "policyTypes": [direction.capitalize() for direction in types],
+            **{str(direction): _rule_documents(policy, direction) for direction in types},
         },
     }
+
+
+def _rule_documents(policy: NetworkPolicy, direction: Direction) -> list[dict[str, Any]]:
+    egress = direction is Direction.EGRESS
+    return [
+        {"to" if egress else "from": [_peer_document(peer) for peer in rule.peers]}
+        | ({"ports": [_port_document(port) for port in rule.ports]} if rule.ports else {})
+        for rule in (policy.egress if egress else policy.ingress)
+    ]
 
 
 def _peer_document(peer: NetworkPolicyPeer) -> dict[str, Any]:
@@ -282,4 +206,5 @@ def _peer_document(peer: NetworkPolicyPeer) -> dict[str, Any]:
 
 
 def _port_document(port: NetworkPolicyPort) -> dict[str, Any]:
-    return {"protocol": PROTOCOL_NAMES[port.protocol or 0], "port": port.port}
+    document: dict[str, Any] = {"protocol": PROTOCOL_NAMES[port.protocol or 0], "port": port.port}
+    return document | ({} if port.end_port is None else {"endPort": port.end_port})

@@ -29,7 +29,7 @@ from dataplane._rules cimport table_pod_by_address, table_t
 
 import os
 
-from dataplane._pcap import RAW_IP
+import dataplane._pcap as pcap
 from dataplane.reasons import Reason
 from dataplane.verdict import Began, Conversation
 
@@ -87,6 +87,7 @@ cdef struct conversation_t:
     uint8_t began                 # began_t
     uint8_t own_node
     uint8_t closed                # a FIN or RST was seen
+    uint8_t answered              # a reply that is no RST was seen
 
 cdef struct seen_t:
     uint64_t digest
@@ -524,6 +525,9 @@ cdef step_t step(replay_t *replay, Worker worker, const record_t *record, event_
     if bad == R_NONE and packet.flags & PKT_ICMP_ERROR:
         its.related += 1
         return STEP_JUDGED
+    if way == REPLY and not (bad == R_NONE and packet.flow.protocol == IP_TCP
+                             and packet.tcp_flags & TCP_RST):
+        its.answered = 1
     its.packets[<int>way] += 1
     its.bytes[<int>way] += length
     if bad == R_NONE and packet.flow.protocol == IP_TCP:
@@ -566,7 +570,7 @@ cdef class Replay:
         pods = table.pods
         if len(nodes) != len(pods):
             raise ValueError(f"{len(nodes)} pods' nodes for {len(pods)} pods")
-        if chosen is not None and chosen.linktype != RAW_IP:
+        if chosen is not None and chosen.linktype != pcap.RAW_IP:
             raise ValueError("the filter is not one of raw IP packets")
         self.publisher = publisher
         self.worker = Worker(publisher)
@@ -687,6 +691,7 @@ cdef class Replay:
             found.append(Conversation(
                 flow_to_python(&flow), BEGAN[its.began], its.opened, its.first_ns, its.last_ns,
                 (its.packets[0], its.packets[1]), (its.bytes[0], its.bytes[1]), its.related,
+                its.answered != 0,
                 verdict_to_python(&its.verdict, pods)))
         return found
 
