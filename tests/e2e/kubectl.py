@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,11 @@ Raw = Mapping[str, Any]
 
 class KubectlError(Exception):
     """kubectl said no; its own words."""
+
+
+def last_words(text: str) -> str:
+    """What kubectl says to people, without its log."""
+    return "\n".join(line for line in text.splitlines() if not re.match(r"[IWEF]\d{4} ", line)).strip()
 
 
 class Kubectl:
@@ -41,7 +47,7 @@ class Kubectl:
         except subprocess.TimeoutExpired:
             raise KubectlError(f"{' '.join(argv)[:200]}: no answer within {seconds:.0f} s") from None
         if done.returncode:
-            raise KubectlError(f"{' '.join(argv)[:200]}: {done.stderr.strip() or done.stdout.strip()}")
+            raise KubectlError(f"{' '.join(argv)[:200]}: {last_words(done.stderr) or done.stdout.strip()}")
         return done.stdout
 
     def get(self, *arguments: str) -> Any:

@@ -16,7 +16,7 @@ import yaml
 from cases import CASES, PODS, PORTS, Case, Names, parse_table
 from click.testing import CliRunner
 from installation import DEPLOY, image_reference, kustomization
-from kubectl import Kubectl, KubectlError
+from kubectl import Kubectl, KubectlError, last_words
 from probes import Probe, pod, questions
 
 from dataplane.cli.matrix import command as matrix_command
@@ -139,6 +139,12 @@ def test_the_overlay_renders(tmp_path: Path, components: tuple[str, ...]) -> Non
 def test_a_missing_kubectl_is_named() -> None:
     with pytest.raises(KubectlError, match="no-such-kubectl: not found; install kubectl"):
         Kubectl("no-such-kubectl")("version")
+
+
+def test_kubectls_log_is_left_out_of_what_it_says() -> None:
+    log = 'E1126 14:33:22.195366   30147 memcache.go:265] "Unhandled Error" err="refused"\n'
+    assert last_words(log * 3 + "The connection was refused\n") == "The connection was refused"
+    assert last_words("Error from server (NotFound)\n") == "Error from server (NotFound)"
 
 
 @pytest.mark.netns
