@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
+
+# The client looks for a home directory when it is imported; a container's user may have none.
+os.environ.setdefault("HOME", "/")
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 from kubernetes.aio.config import load_kube_config
