@@ -21,6 +21,7 @@ from dataplane.lab import netns
 
 ALL = "apis/networking.k8s.aws/v1alpha1/policyendpoints"
 LEASE = "apis/coordination.k8s.io/v1/namespaces/kube-system/leases/podgate-controller"
+PATIENCE = 100.0  # seconds; usual are one or two, and 20 after a leader was killed
 _ports = itertools.count(20_000, 2)
 
 
@@ -86,7 +87,7 @@ class ClusterController:
     def leads(self) -> bool:
         return self.metric("podgate_controller_leader ") == 1
 
-    def wait(self, condition: Any, seconds: float = 30.0, what: str = "") -> Any:
+    def wait(self, condition: Any, seconds: float = PATIENCE, what: str = "") -> Any:
         def look() -> Any:
             assert self.process is not None
             assert self.process.poll() is None, f"the controller ended:\n{self.text()}"
@@ -97,24 +98,24 @@ class ClusterController:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.get('/readyz')}\n{self.text()}") from None
 
-    def wait_ready(self, seconds: float = 30.0) -> None:
+    def wait_ready(self, seconds: float = PATIENCE) -> None:
         self.wait(lambda: self.get("/readyz")[0] == 200, seconds, "ready")
 
-    def wait_leads(self, seconds: float = 40.0) -> None:
+    def wait_leads(self, seconds: float = PATIENCE) -> None:
         self.wait(lambda: self.leads, seconds, "leading")
 
-    def wait_unready(self, text: str, seconds: float = 30.0) -> None:
+    def wait_unready(self, text: str, seconds: float = PATIENCE) -> None:
         """Until /readyz says why not, with these words."""
         self.wait(lambda: text in self.get("/readyz")[1], seconds, text)
 
-    def wait_end(self, seconds: float = 30.0) -> int:
+    def wait_end(self, seconds: float = PATIENCE) -> int:
         assert self.process is not None
         return self.process.wait(seconds)
 
     def terminate(self) -> int:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE)
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:
