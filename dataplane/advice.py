@@ -61,7 +61,7 @@ class Reader:
             if verdict.reason in NEVER_JUDGED:
                 continue
             if not answered and not unanswered and (flow.protocol in HANDSHAKE or not verdict.allow):
-                found.passed_over["that nobody answered, or that were refused"] += 1
+                found.passed_over["unanswered or refused"] += 1
                 continue
             self._take(found, flow.src, None, flow.dst, None, flow)
         return found
@@ -91,7 +91,7 @@ class Reader:
 
     def _record(self, found: Traffic, record: Mapping[str, Any]) -> None:
         if record["verdict"] != "allow":
-            found.passed_over["that were denied"] += 1
+            found.passed_over["denied"] += 1
             return
         reason = record["reason"]
         if record.get("reply") or reason in ("reply", "related", *(each.text for each in NEVER_JUDGED)):

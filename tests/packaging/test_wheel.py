@@ -132,7 +132,7 @@ def test_the_wheel_holds_what_a_user_needs(built: Built) -> None:
         f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")
     }
     expected = modules | assets | stubs | extensions | examples | crds | facts
-    assert len(extensions) == 7
+    assert len(extensions) == 9
     assert {path.rpartition(".")[2] for path in assets} == {"html", "css", "js"}
     assert held == expected | {"dataplane/py.typed", f"{info}/licenses/LICENSE"}
 
