@@ -165,6 +165,7 @@ class Controller:
         self.log.info("stopped")
 
     def _stopped(self) -> None:
+        self.log.info("stopping")
         self._stopping = True
         self._stop.set()
 

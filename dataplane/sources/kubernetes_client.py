@@ -133,7 +133,9 @@ class Credentials:
         async with self._lock:  # an exec plugin is run once, not once per watch
             with _complaints() as complaints:
                 try:
-                    await asyncio.wait_for(self._load(refused), PLUGIN_SECONDS)
+                    # Not wait_for: before Python 3.12 it may swallow a cancellation.
+                    async with asyncio.timeout(PLUGIN_SECONDS):
+                        await self._load(refused)
                     tls = self._tls_context()
                 except TimeoutError:
                     raise ApiFault(f"{self.origin}: no credentials within {PLUGIN_SECONDS:.0f} s") from None
