@@ -161,19 +161,20 @@ class Telemetry:
             for verdict, reason in (("allow", Reason.POLICY_RULE), ("deny", Reason.NO_RULE)):
                 packets[str(direction), verdict, reason.text] = 0
         sizes = packets.copy()
-        hits = misses = lost = 0
+        hits = misses = 0
         for worker in self.enforcement.queues.workers:
             for (allow, side, reason), (count, size) in worker.counters().items():
                 labels = (side, "allow" if allow else "deny", reason.text)
                 packets[labels] += count
                 sizes[labels] += size
             hit, missed = worker.cache_stats()
-            hits, misses, lost = hits + hit, misses + missed, lost + worker.events_lost
+            hits, misses = hits + hit, misses + missed
         found["podgate_verdicts"] = list(packets.items())
         found["podgate_verdict_bytes"] = list(sizes.items())
         found["podgate_flow_cache_hits"] = [((), hits)]
         found["podgate_flow_cache_misses"] = [((), misses)]
-        found["podgate_events_lost"] = [((), lost)]
+        live = self.enforcement.live
+        found["podgate_events_lost"] = [(("ring",), live.lost_in_rings), (("reader",), live.lost_by_readers)]
         found["podgate_steering_dropped_packets"] = [
             ((reason.text,), count) for reason, count in self._steering.items()
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -153,8 +154,15 @@ def command(
         query["every-packet"] = "yes"
     if verbose or pcap is not None:
         query["data"] = "yes"
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # `timeout 10 podgate trace` ends as Ctrl-C does
     with suppress(OSError):
         os.nice(10)  # reading about packets is less urgent than packets
+    if verbose:
+        from dataplane.observe.decode import scapy_packet
+
+        scapy_packet(b"")  # takes a second the first time: better now than when packets come
     with ExitStack() as done:
         records = done.enter_context(streaming(control, "trace", query))
         began = next(records, None)

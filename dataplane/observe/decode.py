@@ -17,13 +17,18 @@ def scapy_packet(packet: bytes) -> Any:
     from scapy.packet import Raw
 
     version = packet[0] >> 4 if packet else 0
-    return {4: IP, 6: IPv6}.get(version, Raw)(packet)
+    try:
+        return {4: IP, 6: IPv6}.get(version, Raw)(packet)
+    except Exception:  # a header cut short: scapy lets out whatever its fields raise
+        return Raw(packet)
 
 
 def layers(packet: bytes) -> list[str]:
     """One line for each layer, outermost first: `IP  version=4 ihl=5 … src=10.0.0.1 dst=10.0.0.2`."""
     from scapy.packet import NoPayload, Raw
 
+    if not packet:
+        return []
     lines = []
     layer = scapy_packet(packet)
     while not isinstance(layer, NoPayload):
@@ -39,3 +44,12 @@ def layers(packet: bytes) -> list[str]:
         lines.append(f"{layer.name}  {' '.join(fields)}")
         layer = layer.payload
     return lines
+
+
+def _field(layer: Any, field: Any) -> str:
+    value = layer.getfieldval(field.name)
+    try:
+        text = str(field.i2repr(layer, value))
+    except Exception:  # an option no scapy class can show
+        text = repr(value)
+    return f"{field.name}={' '.join(text.split())}"

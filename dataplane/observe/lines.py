@@ -9,7 +9,8 @@ from typing import Any
 Record = Mapping[str, Any]
 
 # A column grows with what it shows and stays so; beyond this much a long entry stands out by itself.
-WIDEST = {"ends": 72, "protocol": 20, "decision": 64}
+NAMED = 3  # policies that isolate the pod of a denial
+WIDEST = {"ends": 72, "protocol": 20, "decision": 84}
 _WORDS = {"allow": "32", "deny": "31"}  # SGR colours
 _DIM, _YELLOW = "2", "33"
 # What each type means, from IANA's icmp-parameters and icmpv6-parameters.
@@ -35,7 +36,7 @@ class Lines:
 
     def __init__(self, *, colour: bool = False) -> None:
         self._colour = colour
-        self._widths = {"ends": 40, "protocol": 8, "decision": 24}
+        self._widths = {"ends": 52, "protocol": 11, "decision": 32}
 
     def line(self, record: Record) -> str:
         """`14:03:22.123456  deny   shop/web:40112 > shop/db:5432  TCP SYN  ingress: no-rule  …`"""
@@ -97,8 +98,14 @@ def decision(record: Record) -> str:
     ruled = [f"{side}: {_named(one)}" for side, one in ends if one.get("policy")]
     if record["verdict"] == "allow" and record["reason"] == "policy-rule" and ruled:
         return ", ".join(ruled)
+    text = _named(record)
+    if record.get("would_deny"):
+        text += f", would deny: {record['would_deny']}"
+    if isolating := record.get("policies"):
+        more = f" and {len(isolating) - NAMED} more" if len(isolating) > NAMED else ""
+        text += f" (isolated by {', '.join(isolating[:NAMED])}{more})"
     direction = record.get("direction")
-    return f"{direction}: {_named(record)}" if direction else _named(record)
+    return f"{direction}: {text}" if direction else text
 
 
 def _named(one: Record) -> str:

@@ -103,6 +103,7 @@ class Reader:
                 room -= 1
             else:
                 self._missed += 1
+                self._live.lost_by_readers += 1
             self._woken.set()
 
     def _wake(self) -> None:
@@ -117,6 +118,7 @@ class LiveVerdicts:
         self._readers: list[Reader] = []
         self._pump: asyncio.Task[None] | None = None
         self._lost_before = 0  # in rings of workers that are gone
+        self.lost_by_readers = 0  # events that a reader wanted and had no room for, since the start
         self._told = 0  # of the losses in rings, readers have been woken for so many
 
     def read(

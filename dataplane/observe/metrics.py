@@ -132,7 +132,12 @@ FAMILIES = (
     ),
     Family(_COUNTER, "podgate_flow_cache_hits", "Packets whose verdict the flow cache held."),
     Family(_COUNTER, "podgate_flow_cache_misses", "Packets whose verdict was looked up and then kept."),
-    Family(_COUNTER, "podgate_events_lost", "Verdict events that readers (podgate trace) came too late for."),
+    Family(
+        _COUNTER,
+        "podgate_events_lost",
+        "Verdict events that no reader (podgate trace, flow log) got: a ring was full, or a reader too slow.",
+        ("where",),
+    ),
     # --- tables
     Family(_GAUGE, "podgate_table_generation", "Number of the table in force; it grows with each change."),
     Family(_GAUGE, "podgate_table_pods", "Pods of this node with an interface, in the table in force."),

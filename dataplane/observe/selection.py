@@ -23,6 +23,7 @@ from dataplane._pcap import Filter
 from dataplane.addresses import parse_address
 from dataplane.errors import InputError
 from dataplane.model import Direction, Key
+from dataplane.observe.events import isolating
 from dataplane.observe.live import CAPTURE
 from dataplane.policy.compile import PodEntry
 from dataplane.reasons import BY_TEXT
@@ -35,7 +36,7 @@ FIELDS = {
     "verdict": "allow or deny",
     "reason": "a reason, for example no-rule",
     "direction": "ingress or egress: the end that decided",
-    "policy": "NAMESPACE/NAME of a policy whose rule allowed the packet",
+    "policy": "NAMESPACE/NAME of a policy whose rule allowed it, or which isolates the pod that is denied",
     "pod": "NAMESPACE/NAME of a pod at either end",
     "namespace": "the namespace of a pod at either end",
     "from": "the sender: NAMESPACE/NAME or an IP address",
@@ -319,7 +320,8 @@ def _test_policy(condition: Condition, _names: Names) -> _Test:
     def test(event: Event) -> bool:
         ends = ((event.verdict.egress, Direction.EGRESS), (event.verdict.ingress, Direction.INGRESS))
         found = (end.pod.rule(direction, end.rule_id) for end, direction in ends if end.pod is not None)
-        return any(one is not None and matches(one[0]) for one in found) is not negated
+        by_rule = any(one is not None and matches(one[0]) for one in found)
+        return (by_rule or any(map(matches, isolating(event.verdict)))) is not negated
 
     return test
 

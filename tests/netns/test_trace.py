@@ -255,8 +255,12 @@ def test_a_stopped_reader_loses_its_own_records_and_is_told(lab: LabFactory, age
                 stack.enter_context(sending(source, to, interval=0.00001))
             until(lambda: judged() - before > 40_000, timeout=60, what="many packets judged")
         # Verdicts go on, and so does the other reader.
-        assert passes(source, (to[0], 7003), udp(one, "x/a", 7003))
-        quick.wait(dst_port=7003)
+        other = udp(one, "x/a", 7003)
+        until(
+            lambda: passes(source, (to[0], 7003), other) and quick.of(dst_port=7003),
+            timeout=60,
+            what="the other reader sees its packets",
+        )
         slow.process.send_signal(signal.SIGCONT)
         until(lambda: any("lost" in row for row in slow.rows), timeout=60, what="the loss is told")
         slow.end()

@@ -61,6 +61,12 @@ def test_both_ends_are_named_where_rules_of_both_allowed() -> None:
     ("more", "expected"),
     [
         ({}, "ingress: no-rule"),
+        ({"policies": ["x/a", "x/b"]}, "ingress: no-rule (isolated by x/a, x/b)"),
+        ({"policies": list("abcde")}, "ingress: no-rule (isolated by a, b, c and 2 more)"),
+        (
+            {"verdict": "allow", "reason": "audit", "would_deny": "no-rule", "policies": ["x/a"]},
+            "ingress: audit, would deny: no-rule (isolated by x/a)",
+        ),
         ({"verdict": "allow", "reason": "not-isolated", "direction": "egress"}, "egress: not-isolated"),
         ({"reason": "malformed", "direction": None, "egress": NO_END, "ingress": NO_END}, "malformed"),
         (

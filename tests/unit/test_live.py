@@ -120,6 +120,7 @@ def test_a_slow_reader_loses_its_own_events_only_and_keeps_the_oldest() -> None:
         assert sports(await quick.take()) == list(range(10))
         assert sports(await slow.take()) == [0, 1, 2, 3]
         assert (slow.lost, quick.lost) == (Lost(6, 0), Lost(0, 0))
+        assert live.lost_by_readers == 6
         send(worker, ALLOWED, 77)
         assert sports(await slow.take()) == [77]
 
