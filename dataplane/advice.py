@@ -28,10 +28,15 @@ PAIRS_ASKED = 200_000  # of pods, when it is told what else the advice allows
 
 @dataclass(slots=True)
 class Traffic:
-    """What was seen, each with the number of its flows, and what is no part of it and why."""
+    """What was seen, each with the number of its flows, and what is no part of it and why.
+
+    `missing`: lines that a flow log says it has not, by why; `unreadable`: lines that are cut or torn.
+    """
 
     seen: Counter[Seen] = field(default_factory=Counter)
     passed_over: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
+    unreadable: int = 0
 
     def add(self, each: Seen) -> None:
         """A flow more."""
@@ -69,28 +74,38 @@ class Reader:
     def flow_log(self, lines: Iterable[str], name: str) -> Traffic:
         """What the JSON lines of a flow log say was let through, audits included.
 
-        InputError for a line that is none of a flow log.
+        Lines that are no JSON, as a full disk leaves them, are counted. InputError when there are no
+        others, and for a line of something else than a flow log.
         """
         found = Traffic()
+        read = 0
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except ValueError:
-                raise InputError(f"{name}: line {number} is no JSON, so this is no flow log") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{name}: line {number} is no JSON object, so this is no flow log")
-            if "verdict" not in record or not record.get("src") or not record.get("dst"):
-                continue  # counts of what was suppressed, packets that could not be read
+                found.unreadable += 1
+                continue
             try:
                 self._record(found, record)
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise InputError(f"{name}: line {number} is no flow log's: {_wrong(error)}") from None
+            read += 1
+        if not read:
+            raise InputError(f"{name}: neither a capture nor a flow log: no line of it is JSON")
         return found
 
-    def _record(self, found: Traffic, record: Mapping[str, Any]) -> None:
-        if record["verdict"] != "allow":
+    def _record(self, found: Traffic, record: Any) -> None:
+        if not isinstance(record, dict):
+            raise TypeError("it is no JSON object")
+        event = record.get("event")
+        if event in ("suppressed", "lost"):
+            found.missing[event] += int(record["count"])
+            return
+        # What an audit let through counts as wanted, unless it is what no policy could allow.
+        unlawful = record.get("would_deny") not in (None, Reason.NO_RULE.text, Reason.NO_TABLE.text)
+        if record["verdict"] != "allow" or unlawful:
             found.passed_over["denied"] += 1
             return
         reason = record["reason"]
@@ -105,7 +120,13 @@ class Reader:
         if port is not None and not (isinstance(port, int) and 0 <= port <= 65535):
             raise ValueError(f"dst_port is {port!r}")
         flow = Flow(src, dst, number, 0, port or 0, port is not None)
-        self._take(found, src, _key(record.get("src_pod")), dst, _key(record.get("dst_pod")), flow)
+        ends = src, _key(record.get("src_pod")), dst, _key(record.get("dst_pod"))
+        if event == "end":  # a line of its own told where it began, unless that was before the log
+            over = Traffic()
+            self._take(over, *ends, flow)
+            found.seen.update({each: 1 for each in over.seen if each not in found.seen})
+            return
+        self._take(found, *ends, flow)
 
     def _take(
         self, found: Traffic, src: bytes, src_pod: Key | None, dst: bytes, dst_pod: Key | None, flow: Flow

@@ -184,6 +184,10 @@ def _told(traffic: Traffic, advice: Advice, proof: Proof) -> Iterator[str]:
     )
     for why, number in sorted(traffic.passed_over.items()):
         yield f"not counted: {count(number, 'flow')} {why}"
+    if traffic.missing or traffic.unreadable:
+        lacking = [f"{number:,} {what}" for what, number in sorted(traffic.missing.items())]
+        lacking += [f"{traffic.unreadable:,} unreadable"] if traffic.unreadable else []
+        yield f"warning: the log lacks lines ({', '.join(lacking)}): what they would have told may be denied"
     if advice.left_out:
         yield (
             "left out, since a NetworkPolicy allows them only with every port besides: "
@@ -233,6 +237,7 @@ def _document(traffic: Traffic, advice: Advice, proof: Proof) -> dict[str, Any]:
         ],
         "flows": sum(traffic.seen.values()),
         "not_counted": dict(sorted(traffic.passed_over.items())),
+        "missing_lines": dict(sorted(traffic.missing.items())) | {"unreadable": traffic.unreadable},
         "left_out": [_talk(each) for each in advice.left_out],
         "denied": [_talk(each) for each in proof.denied],
         "also_allowed": [

@@ -249,12 +249,22 @@ def test_a_flow_log(tmp_path: Path) -> None:
         {"src": CLIENT, "dst": BACKEND, "dst_port": 6379, "verdict": "deny", "reason": "no-rule"},
         {"src": FRONTEND, "dst": CLIENT, "dst_port": 40000, "reason": "reply", "reply": True},
         {"src": NODE, "dst": FRONTEND, "dst_port": 80, "reason": "own-node"},
-        {"suppressed": 3, "reason": "no-rule", "src": None, "dst": None},
+        web | {"event": "end", "packets": 5},
+        web | {"dst_port": 81, "reason": "audit", "would_deny": "spoofed"},
+        {"event": "suppressed", "verdict": None, "src": None, "dst": None, "count": 3},
     )
+    with path.open("a") as file:
+        file.write('{"ts": "2026-01-01T0')  # torn
     assert sorted(advised(path, PODS)) == ["client/advised-client", "stars/advised-frontend"]
     told = run(path, PODS).stderr
     assert "2 policies for 2 flows (1 different one that a policy can name)" in told
-    assert "not counted: 1 flow denied" in told
+    assert "not counted: 2 flows denied" in told
+    assert "warning: the log lacks lines (3 suppressed, 1 unreadable): what they would have told" in told
+
+
+def test_a_flow_that_began_before_the_log_counts_at_its_end(tmp_path: Path) -> None:
+    path = flow_log(tmp_path, {"event": "end", "src": CLIENT, "dst": FRONTEND, "dst_port": 80, "packets": 9})
+    assert sorted(advised(path, PODS)) == ["client/advised-client", "stars/advised-frontend"]
 
 
 def test_a_pod_of_a_flow_log_goes_by_its_name(tmp_path: Path) -> None:
@@ -275,8 +285,9 @@ def test_a_pod_of_a_flow_log_goes_by_its_name(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is empty, neither a capture nor a flow log"),
-        ("hello\n", "line 1 is no JSON"),
-        ("{}\n[]\n", "line 2 is no JSON object"),
+        ("hello\n", "neither a capture nor a flow log: no line of it is JSON"),
+        ("[]\n", "line 1 is no flow log's: it is no JSON object"),
+        ('{"kind": "Pod"}', "line 1 is no flow log's: it has no 'verdict'"),
         (
             '{"verdict": "allow", "src": "10.1.0.10", "dst": "10.1.0.20"}',
             "line 1 is no flow log's: it has no",
