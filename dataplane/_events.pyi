@@ -8,6 +8,9 @@ from dataplane.verdict import Event
 
 @final
 class EventFilter:
+    room: int
+    @property
+    def missed(self) -> int: ...
     def __new__(
         cls,
         *,

@@ -34,6 +34,8 @@ Wanted = Callable[[Event], bool]
 class Lost(NamedTuple):
     """Events that a reader never got: it was too slow (`reader`), or the rings were full (`ring`).
 
+    For a reader without room no event is made: those count whatever `wanted` would have said of them.
+
     Nobody knows what stood in events that found a ring full: they count for every reader of the time.
     """
 
@@ -61,7 +63,6 @@ class Reader:
         self._room = room
         self._events: deque[Event] = deque()
         self._woken = asyncio.Event()
-        self._missed = 0
         self._ring_before = live.lost_in_rings
 
     def __enter__(self) -> Self:
@@ -75,7 +76,7 @@ class Reader:
     @property
     def lost(self) -> Lost:
         """What was lost to this reader since it began."""
-        return Lost(self._missed, self._live.lost_in_rings - self._ring_before)
+        return Lost(self.first.missed, self._live.lost_in_rings - self._ring_before)
 
     async def take(self, most: int = READER_EVENTS) -> list[Event]:
         """Wait for events; the oldest up to `most` that are there. An empty list: only losses are new."""
@@ -98,13 +99,15 @@ class Reader:
                 wanted is not None and not wanted(event)
             ):
                 continue
-            if room > 0:
+            if room > 0:  # else `first` has counted it
                 mine.append(event)
                 room -= 1
-            else:
-                self._missed += 1
-                self._live.lost_by_readers += 1
-            self._woken.set()
+                self._woken.set()
+
+    def _with_room(self) -> EventFilter:
+        """The filter of this reader, which makes no event that the reader has no room for."""
+        self.first.room = self._room - len(self._events)
+        return self.first
 
     def _wake(self) -> None:
         self._woken.set()
@@ -119,7 +122,7 @@ class LiveVerdicts:
         self._pump: asyncio.Task[None] | None = None
         self._lost_before = 0  # in rings of workers that are gone
         self.lost_by_readers = 0  # events that a reader wanted and had no room for, since the start
-        self._told = 0  # of the losses in rings, readers have been woken for so many
+        self._told = 0  # of all losses, readers have been woken for so many
 
     def read(
         self,
@@ -133,7 +136,8 @@ class LiveVerdicts:
         """Begin to read, with a running event loop.
 
         `capture`: a level of CAPTURE. `first` and `wanted` choose among those events: `first` before an
-        event is made for Python, so that what it leaves out costs next to nothing, `wanted` afterwards.
+        event is made for Python, so that what it leaves out costs next to nothing (one for each reader),
+        `wanted` afterwards.
         `room`: how far the reader may lag. `data`: events with the beginning of their packet, for which
         the rings need 256 bytes per entry from the first such reader on.
         """
@@ -141,7 +145,7 @@ class LiveVerdicts:
             for worker in self._workers:
                 while worker.events(TAKEN_AT_ONCE):
                     pass
-            self._told = self.lost_in_rings
+            self._told = self.lost_in_rings + self.lost_by_readers
         reader = Reader(self, capture, wanted, first, room, data)
         self._readers.append(reader)
         self._set_capture()
@@ -182,22 +186,30 @@ class LiveVerdicts:
     async def _empty_rings(self) -> None:
         while self._readers:
             began = time.monotonic()
-            taken: list[Event] = []
-            filters = [reader.first for reader in self._readers]
-            for worker in self._workers:
-                taken += take(worker, TAKEN_AT_ONCE, filters)
-            if taken:
-                taken.sort(key=attrgetter("when_ns"))
-                self._deliver(taken)
-            if (lost := self.lost_in_rings) != self._told:
+            self._deliver(self._take(self._workers))
+            if (lost := self.lost_in_rings + self.lost_by_readers) != self._told:
                 self._told = lost
                 for reader in self._readers:
                     reader._wake()
             await asyncio.sleep(max(PERIOD_SECONDS, (time.monotonic() - began) * REST))
 
+    def _take(self, workers: Iterable[Worker]) -> list[Event]:
+        """Some of what is in the rings, oldest first."""
+        filters = [reader._with_room() for reader in self._readers]
+        missed = sum(one.missed for one in filters)
+        taken: list[Event] = []
+        for worker in workers:
+            taken += take(worker, TAKEN_AT_ONCE, filters)
+        self.lost_by_readers += sum(one.missed for one in filters) - missed
+        taken.sort(key=attrgetter("when_ns"))
+        return taken
+
     def _drain(self, worker: Worker) -> None:
-        while taken := worker.events(TAKEN_AT_ONCE):
+        more = True
+        while more:
+            taken = self._take([worker])
             self._deliver(taken)
+            more = len(taken) == TAKEN_AT_ONCE
 
     def _deliver(self, events: list[Event]) -> None:
         for reader in self._readers:

@@ -12,6 +12,9 @@ from dataplane._engine cimport (CAPTURE_ALL, EVENT_BYTES, Worker, event_t, event
                                 events_took, is_captured)
 from dataplane._pcap cimport Filter, filter_matches
 
+cdef enum:
+    ROOM = 1 << 30                # nobody has said how much there is
+
 
 @cython.final
 cdef class EventFilter:
@@ -21,9 +24,11 @@ cdef class EventFilter:
     bit for each number of `Reason` and of the engine's direction (0 none, 1 ingress, 2 egress);
     `packets`: what the packet must match; `pods`: a function from a table's pods to bytes, one for each
     pod, not 0 where a packet of that pod is wanted. An event about no pod known here is wanted whatever
-    `pods` says.
+    `pods` says. While `room` is 0 no event is made for it; those that were are counted in `missed`.
     """
 
+    cdef public Py_ssize_t room
+    cdef readonly uint64_t missed
     cdef uint32_t capture
     cdef uint32_t verdicts
     cdef uint64_t reasons
@@ -42,6 +47,7 @@ cdef class EventFilter:
         self.packets = packets
         self.pods = pods
         self.marks = None
+        self.room = ROOM
 
     cdef bint look_up(self, uint32_t generation, object publisher) except False:
         pods = publisher.pods(generation)
@@ -98,9 +104,13 @@ def take(Worker worker not None, limit, list filters not None):
         bytes_of = kept + slot * EVENT_BYTES if kept != NULL else NULL
         wanted = False
         for one in filters:
-            if one.wants(event, bytes_of, publisher):
+            if not one.wants(event, bytes_of, publisher):
+                continue
+            if one.room > 0:
+                one.room -= 1
                 wanted = True
-                break
+            else:
+                one.missed += 1
         if wanted:
             data = (<const char *>bytes_of)[:event.kept] if bytes_of != NULL and event.kept else b""
             found.append(event_to_python(event, publisher, data))

@@ -212,6 +212,16 @@ def test_events_are_taken_in_order_until_enough_were_wanted() -> None:
     assert worker.events() == []
 
 
+def test_no_event_is_made_for_whom_there_is_no_room() -> None:
+    worker = make_worker()
+    slow, quick = EventFilter(verdicts=1), EventFilter(verdicts=2)
+    slow.room = 2
+    for sport in range(10):
+        worker.judge(udp("10.0.0.1", OUTSIDE, 53 if sport % 2 else 99, sport), indev=ON_WEB)
+    assert [event.packet.flow.sport for event in take(worker, 64, [slow, quick])] == [0, 1, 2, 3, 5, 7, 9]
+    assert (slow.room, slow.missed, quick.missed) == (0, 3, 0)
+
+
 def test_pods_are_those_of_the_table_an_event_was_judged_by() -> None:
     worker = make_worker()
     only_db = Selection.parse(["pod=shop/db"]).first_filter(None)
