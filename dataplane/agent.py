@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dataplane.answers import Answers
+from dataplane.audit import AuditWatch
 from dataplane.cni.pods import ANSWER_SECONDS, CniPods
 from dataplane.cni.server import CniServer
 from dataplane.config import AgentConfig, Mode, OnStop, Resolve
 from dataplane.enforcement import Enforcement
 from dataplane.errors import KernelError
+from dataplane.flowlog import FlowLog
 from dataplane.model import Key, NetworkPolicy, PolicyEndpoint
 from dataplane.node.steering import installed_marks
 from dataplane.observe.control import ControlServer, ask_to_hand_over, someone_listens
@@ -80,7 +82,7 @@ class Agent:
         store = Store(quiet=config.quiet, limit=config.quiet_limit, without=_IGNORED[config.resolve])
         self.programming = Programming(store)
         self.enforcement = Enforcement(config, self.programming)
-        self.enforcement.when_in_force = self.programming.in_force
+        self.enforcement.when_in_force = self._in_force
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
         pods = CniPods(self.enforcement)
         self.cni = CniServer(config.cni_socket, pods) if config.cni_socket is not None else None
@@ -93,8 +95,14 @@ class Agent:
             names,
         )
         streams = Tracing(self.enforcement, names).streams()
-        self.control = ControlServer(config.control, answers.by_name(), streams, self._hand_over)
+        self.audit = AuditWatch(self.enforcement, names)
+        by_name = {**answers.by_name(), "audit": self.audit.report}
+        self.control = ControlServer(config.control, by_name, streams, self._hand_over)
         telemetry = Telemetry(self.enforcement, self.source, self.programming)
+        self.flow_log: FlowLog | None = None
+        if config.flow_log is not None:
+            self.flow_log = FlowLog(self.enforcement, names, config.flow_log, config.flow_log_rate)
+            telemetry.flow_log = self.flow_log
         self.http = HttpServer()
         self.http.add("--metrics-bind-addr", config.metrics, {"/metrics": telemetry.page})
         pages = health_pages(telemetry.dead, telemetry.unready)
@@ -122,6 +130,10 @@ class Agent:
             on_trigger=self.programming.trigger,
             on_node_ips=self._take_node_ips,
         )
+
+    def _in_force(self) -> None:
+        self.programming.in_force()
+        self.audit.look()
 
     def _take_node_ips(self, addresses: frozenset[bytes]) -> None:
         """The addresses of our own Node, besides those that we were told."""
@@ -153,7 +165,12 @@ class Agent:
                 await self.http.start()
             if isinstance(self.source, Files):
                 self.source.load()
-            await self._until_stopped(self.source.run(), self._enforce())
+            if self.flow_log is not None:
+                self.flow_log.open()
+            parts = [self.source.run(), self._enforce(), self.audit.run()]
+            if self.flow_log is not None:
+                parts.append(self.flow_log.run())
+            await self._until_stopped(*parts)
         finally:
             if self.cni is not None:
                 await self.cni.stop()

@@ -154,6 +154,8 @@ class AgentConfig:
     kubeconfig: str | None = None  # None: the pod's own credentials, else ~/.kube/config
     resolve: Resolve = Resolve.AUTO
     pod_names: PodNames = PodNames.LOCAL
+    flow_log: str | None = None  # a path, or - for stdout
+    flow_log_rate: float = 100.0  # lines per second of each reason; 0: all
     audit: bool = False  # nothing is dropped, so it fails open too
     quiet: float = 0.02  # seconds without a change of objects before changes are put in force …
     quiet_limit: float = 0.2  # … and how long changes may be put off in all

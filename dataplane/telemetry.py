@@ -54,6 +54,17 @@ class Watched(Protocol):
     def faults(self) -> Mapping[str, int]: ...
 
 
+class FlowLog(Protocol):
+    """The flow log, as far as it is counted (`flowlog.FlowLog`)."""
+
+    @property
+    def lines(self) -> Mapping[str, int]: ...
+    @property
+    def suppressed(self) -> Mapping[str, int]: ...
+    @property
+    def lost(self) -> Mapping[str, int]: ...
+
+
 class Source(Protocol):
     """Where the objects come from, as far as it is monitored."""
 
@@ -75,6 +86,7 @@ class Telemetry:
         self.source = source
         config = enforcement.config
         self.metrics = Metrics({"backend": str(config.backend), "mode": str(config.mode)})
+        self.flow_log: FlowLog | None = None
         self._tallies = Tallies(config.audit)
         self._compile_seconds = 0.0
         self._steering: Mapping[Reason, int] = {}
@@ -148,6 +160,8 @@ class Telemetry:
         self._read_queues(found)
         self._read_state(found)
         self._read_watches(found)
+        if self.flow_log is not None:
+            self._read_flow_log(found, self.flow_log)
         for name, file in (("entries", "nf_conntrack_count"), ("entries_limit", "nf_conntrack_max")):
             value = _number(CONNTRACK / file)
             if value is not None:
@@ -229,6 +243,11 @@ class Telemetry:
             (("Service",), len(known.services)),
         ]
         gauge("policies_without_endpoints", len(self.source.unmatched))
+
+    @staticmethod
+    def _read_flow_log(found: defaultdict[str, Series], log: FlowLog) -> None:
+        for name, counts in (("lines", log.lines), ("suppressed_lines", log.suppressed), ("lost", log.lost)):
+            found[f"podgate_flow_log_{name}"] = [((what,), count) for what, count in dict(counts).items()]
 
     def _read_watches(self, found: defaultdict[str, Series]) -> None:
         # While one way of knowing a kind takes the other's place, two watches follow it.

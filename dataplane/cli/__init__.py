@@ -26,6 +26,7 @@ COMMANDS = {
     "rules": "rules",
     "flows": "flows",
     "trace": "trace",
+    "audit-report": "audit_report",
     "doctor": "doctor",
     "cleanup": "cleanup",
     "lab": "lab",

@@ -106,6 +106,18 @@ def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     default=False,
     help="Judge, count and log what would be denied, and drop nothing at all, whatever other options say.",
 )
+@option(
+    "--flow-log",
+    metavar="PATH|-",
+    help="Write a JSON line there for each flow judged, packet denied and flow ended; - is stdout. A file may"
+    " be rotated. Default: off.",
+)
+@option(
+    "--flow-log-rate",
+    type=click.FloatRange(min=0),
+    default=100.0,
+    help="Lines per second of each reason, ten times as many at once; what is more is counted. 0: no limit.",
+)
 @option("--queues", type=click.IntRange(1, 64), default=1, help="Queues, one thread each.")
 @option("--queue-base", type=click.IntRange(0, 65472), default=0, help="Number of the first queue.")
 @option(
@@ -216,6 +228,8 @@ def command(log_format: str, **options: Any) -> None:
         fail=Fail(options["fail"]),
         queues=options["queues"],
         audit=options["audit"],
+        flow_log=options["flow_log"] or None,
+        flow_log_rate=options["flow_log_rate"],
         queue_base=options["queue_base"],
         backend=Backend(options["backend"]),
         offload=options["offload"],

@@ -7,13 +7,18 @@ caller tries again.
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from dataplane import _conntrack
 from dataplane._rules import RuleTable
 from dataplane.config import MarkLayout
+from dataplane.errors import KernelError
 
 # enum tcp_conntrack and enum sctp_conntrack (linux/netfilter/nf_conntrack_tcp.h, …_sctp.h)
 _TCP_STATES = (
@@ -41,6 +46,10 @@ _SCTP_STATES = (
 )
 # CTA_PROTOINFO_TCP and CTA_PROTOINFO_SCTP; in both the state is attribute 1, one byte.
 _STATES = {1: _TCP_STATES, 3: _SCTP_STATES}
+_NETLINK_NETFILTER, _DESTROYED = 12, 1 << 2  # linux/netlink.h; the bit of NFNLGRP_CONNTRACK_DESTROY
+_SO_RCVBUFFORCE = 33
+_ROOM = 8 << 20  # for the events of some ten thousand flows
+_READ_AT_ONCE = 1024  # messages
 _SEEN_REPLY, _ASSURED = 2, 4  # enum ip_conntrack_status
 
 
@@ -109,6 +118,63 @@ def flows(marks: MarkLayout, *, unjudged: bool = False) -> list[LiveFlow]:
     """Every flow that carries one of our bits; with `unjudged`, those without too."""
     wanted = (0, 0) if unjudged else (marks.egress, marks.ingress)
     return [_live(entry, marks) for entry in _conntrack.dump(*wanted)]
+
+
+class EndedFlows:
+    """Hears of flows as the kernel forgets them. A network namespace's first listener turns events on.
+
+    `overruns`: how often the kernel had no room for events; nobody knows for how many.
+    """
+
+    def __init__(self, marks: MarkLayout) -> None:
+        """KernelError when the kernel refuses."""
+        self.overruns = 0
+        self._marks = marks
+        try:
+            self._socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+            )
+            self._socket.setblocking(False)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
+            self._socket.bind((0, _DESTROYED))
+        except OSError as error:
+            raise KernelError(
+                f"conntrack events: {error.strerror}; they need root (CAP_NET_ADMIN), and"
+                " CONFIG_NF_CONNTRACK_EVENTS in the kernel"
+            ) from None
+
+    @property
+    def counted(self) -> bool:
+        """Whether the kernel counts packets and bytes of new flows."""
+        try:
+            return Path("/proc/sys/net/netfilter/nf_conntrack_acct").read_text().strip() != "0"
+        except OSError:
+            return False
+
+    def fileno(self) -> int:
+        """Readable when there is something to `read`."""
+        return self._socket.fileno()
+
+    def read(self) -> list[LiveFlow]:
+        """The flows that have ended since the last call; it does not wait for any. KernelError."""
+        found: list[LiveFlow] = []
+        for _ in range(_READ_AT_ONCE):
+            try:
+                data, (port, _groups) = self._socket.recvfrom(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise KernelError(f"conntrack events: {os.strerror(error.errno or 0)}") from None
+                self.overruns += 1
+                continue
+            if port == 0:  # of the kernel; any process may send
+                found += [_live(entry, self._marks) for entry in _conntrack.parse(data, ended=True)]
+        return found
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._socket.close()
 
 
 def _live(entry: _conntrack._Entry, marks: MarkLayout) -> LiveFlow:

@@ -74,17 +74,15 @@ def flag_names(flags: int) -> str:
 def describe_event(event: Event, names: Mapping[bytes, Key], node: str | None) -> dict[str, Any]:
     """One event as a JSON-ready record. `names`: the pods of this node by address.
 
-    `policy` and `rule` are of the rule that decided; `egress` and `ingress` say the same of each end,
-    their `reason` null where that end was not asked. `would_deny`: why it would be denied but for an audit.
-    `policies`: those that isolate the pod at the end that denies, or would.
+    Of its verdict all that `describe_verdict` says.
     """
     packet, flow = event.packet, event.packet.flow
     readable = packet.reason is Reason.NONE
     icmp = readable and flow.protocol in (1, 58)
     return {
         "ts": _time(event.when_ns),
-        **_decision(event.verdict),
-        **_ends(flow, names),
+        **describe_verdict(event.verdict),
+        **describe_ends(flow, names),
         "tcp_flags": flag_names(packet.tcp_flags) if readable and flow.protocol == 6 else None,
         "icmp_type": packet.icmp_type if icmp else None,
         "icmp_code": packet.icmp_code if icmp else None,
@@ -106,8 +104,8 @@ def describe_conversation(flow: Conversation, names: Mapping[bytes, Key]) -> dic
     icmp = flow.flow.protocol in (1, 58)
     return {
         "ts": _time(flow.first_ns),
-        **_decision(flow.verdict),
-        **_ends(flow.flow, names),
+        **describe_verdict(flow.verdict),
+        **describe_ends(flow.flow, names),
         "icmp_type": flow.flow.dport >> 8 if icmp else None,
         "icmp_code": flow.flow.dport & 0xFF if icmp else None,
         "node": None,
@@ -126,7 +124,13 @@ def _time(when_ns: int) -> str:
     return datetime.fromtimestamp(when_ns / 1e9, UTC).isoformat(timespec="microseconds")
 
 
-def _decision(verdict: Verdict) -> dict[str, Any]:
+def describe_verdict(verdict: Verdict) -> dict[str, Any]:
+    """A verdict's part of a record.
+
+    `policy` and `rule` are of the rule that decided; `egress` and `ingress` say the same of each end,
+    their `reason` null where that end was not asked. `would_deny`: why it would be denied but for an audit.
+    `policies`: those that isolate the pod at the end that denies, or would.
+    """
     policy, rule = deciding_rule(verdict) or (None, None)
     return {
         "verdict": "allow" if verdict.allow else "deny",
@@ -141,7 +145,13 @@ def _decision(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _ends(flow: Flow, names: Mapping[bytes, Key]) -> dict[str, Any]:
+def has_ports(protocol: int) -> bool:
+    """Whether packets of an IP protocol have ports that rules look at."""
+    return protocol in (6, 17, 33, 132, 136)
+
+
+def describe_ends(flow: Flow, names: Mapping[bytes, Key]) -> dict[str, Any]:
+    """The addresses, ports and pods of a flow's record."""
     return {
         "src": format_address(flow.src) if flow.src else None,
         "src_port": flow.sport if flow.has_ports else None,

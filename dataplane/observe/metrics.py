@@ -138,6 +138,21 @@ FAMILIES = (
         "Verdict events that no reader (podgate trace, flow log) got: a ring was full, or a reader too slow.",
         ("where",),
     ),
+    # --- flow log
+    Family(_COUNTER, "podgate_flow_log_lines", "Lines written to the flow log, by event.", ("event",)),
+    Family(
+        _COUNTER,
+        "podgate_flow_log_suppressed_lines",
+        "Lines over --flow-log-rate, by reason; end: flows that ended.",
+        ("reason",),
+    ),
+    Family(
+        _COUNTER,
+        "podgate_flow_log_lost",
+        "Lines that should have been there. write: the file could not be written. reader, ring: the agent was"
+        " too busy. kernel: times that the kernel left out flows that ended, nobody knows how many.",
+        ("where",),
+    ),
     # --- tables
     Family(_GAUGE, "podgate_table_generation", "Number of the table in force; it grows with each change."),
     Family(_GAUGE, "podgate_table_pods", "Pods of this node with an interface, in the table in force."),

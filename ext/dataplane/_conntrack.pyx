@@ -60,7 +60,7 @@ cdef extern from *:
 
     enum:
         NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_OVERRUN
-        NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW, IPCTNL_MSG_CT_GET
+        NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW, IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE
         CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_STATUS, CTA_PROTOINFO, CTA_TIMEOUT, CTA_MARK
         CTA_COUNTERS_ORIG, CTA_COUNTERS_REPLY, CTA_ZONE, CTA_MARK_MASK
         CTA_TUPLE_IP, CTA_TUPLE_PROTO
@@ -615,8 +615,8 @@ def has_few_flows():
         return False
 
 
-cdef list describe(const uint8_t *data, size_t received, uint32_t seq, uint32_t wanted):
-    """Every entry of a datagram with one of the `wanted` bits (0: any mark), as tuples."""
+cdef list describe(const uint8_t *data, size_t received, uint32_t seq, uint32_t wanted, uint16_t kind):
+    """Every entry of a datagram's messages of one kind with one of the `wanted` bits (0: any), as tuples."""
     cdef size_t at = 0
     cdef size_t size
     cdef entry_t entry
@@ -626,7 +626,7 @@ cdef list describe(const uint8_t *data, size_t received, uint32_t seq, uint32_t 
         if size < NLMSG_HEADER or size > received - at:
             break
         if (get_u32(data + at + 8) == seq and size >= NLMSG_HEADER + NFGEN_HEADER
-                and get_u16(data + at + 4) == (NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW)):
+                and get_u16(data + at + 4) == (NFNL_SUBSYS_CTNETLINK << 8 | kind)):
             read_entry(data + at + NLMSG_HEADER + NFGEN_HEADER, size - NLMSG_HEADER - NFGEN_HEADER,
                        &entry)
             if (not wanted or entry.mark & wanted) and entry.orig.family and entry.reply.family:
@@ -678,7 +678,8 @@ def dump(unsigned int egress, unsigned int ingress):
                 interrupted = interrupted or broken
                 if status > 0:
                     raise failure(status, "dump")
-                for flow in describe(datagram, len(datagram), session.s.seq, egress | ingress):
+                for flow in describe(datagram, len(datagram), session.s.seq, egress | ingress,
+                                     IPCTNL_MSG_CT_NEW):
                     found[flow[0], flow[2], flow[3], flow[7]] = flow
                 if status == 0:
                     break
@@ -720,9 +721,10 @@ cdef finished(bytes datagram, uint32_t seq):
     return -1, interrupted
 
 
-def parse(bytes datagram not None, unsigned int seq=0):
-    """The entries of a netlink datagram, for tests: what `dump` reads from it."""
-    return describe(<const uint8_t *> <const char *> datagram, len(datagram), seq, 0)
+def parse(bytes datagram not None, unsigned int seq=0, bint ended=False):
+    """The entries of a netlink datagram: what `dump` reads from it, or flows that have `ended`."""
+    return describe(<const uint8_t *> <const char *> datagram, len(datagram), seq, 0,
+                    IPCTNL_MSG_CT_DELETE if ended else IPCTNL_MSG_CT_NEW)
 
 
 def encode_clear(bytes message not None, unsigned int saved):

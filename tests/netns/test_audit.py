@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+import yaml
 from conftest import AgentFactory, LabFactory, RunningAgent
 from objects import Object, allow, deny, network_policy, policy, select, until
 from packets import Events, Stream, check, send_frames, sniffing
@@ -234,3 +235,27 @@ def test_what_people_see(lab: LabFactory, agent: AgentFactory) -> None:
     assert "The smallest policies that would allow it once enforced:" in told
     assert "in audit: what no rule allows passes too" in daemon.podgate("rules", "x/a").stdout
     assert "2 pods have policies in audit only" in daemon.podgate("status").stdout
+
+
+def test_the_report_says_what_enforcement_would_break(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b", "x/c"])
+    daemon = agent(one, CLOSED)
+    assert "Nothing is in audit on this node" in daemon.podgate("audit-report").stdout
+    daemon.write(annotated(network_policy("x/closed", {"podSelector": {}, "policyTypes": ["Ingress"]})))
+    check(one, ("x/b", "x/a", "80/TCP", "."), families=[4])
+    (row,) = until(lambda: daemon.ask("audit")["rows"])
+    assert {name: row[name] for name in ("policies", "direction", "reason", "from", "to", "port")} == {
+        "policies": ["x/closed"],
+        "direction": "ingress",
+        "reason": "no-rule",
+        "from": "x/b",
+        "to": "x/a",
+        "port": "80/TCP",
+    }
+    told = daemon.podgate("audit-report").stdout
+    assert "Enforcement would deny, as seen since" in told
+    # What it suggests is enough: enforced beside it, the same packets pass.
+    report = daemon.ask("audit")
+    suggested = [document for text in report["suggestions"] for document in yaml.safe_load_all(text)]
+    daemon.write(network_policy("x/closed", {"podSelector": {}, "policyTypes": ["Ingress"]}), *suggested)
+    check(one, ("x/b", "x/a", "80/TCP 81/TCP", ".X"), families=[4])
