@@ -41,6 +41,7 @@ class Worker:
     def publisher(self) -> Publisher: ...
     capture: int
     keep_bytes: bool
+    reject: bool
     @property
     def audit(self) -> bool: ...
     @property

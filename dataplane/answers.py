@@ -114,6 +114,7 @@ class Answers:
             "backend": str(now.config.backend),
             "iptables": str(variant) if variant else None,
             "audit": now.config.audit,
+            "reject": now.config.rejects,
             "audited_pods": plan.audited if plan else 0,
             "pods": plan.isolated if plan else 0,
             "policies": plan.policies if plan else 0,

@@ -154,6 +154,7 @@ class AgentConfig:
     kubeconfig: str | None = None  # None: the pod's own credentials, else ~/.kube/config
     resolve: Resolve = Resolve.AUTO
     pod_names: PodNames = PodNames.LOCAL
+    reject: bool = False  # what policies deny is answered: TCP RST, ICMP prohibited
     flow_log: str | None = None  # a path, or - for stdout
     flow_log_rate: float = 100.0  # lines per second of each reason; 0: all
     audit: bool = False  # nothing is dropped, so it fails open too
@@ -164,3 +165,8 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if self.audit:
             object.__setattr__(self, "fail", Fail.OPEN)
+
+    @property
+    def rejects(self) -> bool:
+        """Whether anything is answered: in audit nothing is denied."""
+        return self.reject and not self.audit

@@ -165,6 +165,9 @@ class Enforcement:
             await self.after_queues()
         earlier = await self.in_kernel_thread(installed_marks)
         built = await self.in_kernel_thread(lambda: self.steering.install(plan.not_pods))
+        # Only now are the rules there that answer, and that let nothing pass that is to be answered.
+        for worker in self.queues.workers:
+            worker.reject = self.config.rejects
         if earlier not in (None, self.config.marks):
             await self.in_kernel_thread(lambda: conntrack.clear_all(earlier))  # nobody reads them now
         self.log.info(

@@ -107,6 +107,12 @@ def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     help="Judge, count and log what would be denied, and drop nothing at all, whatever other options say.",
 )
 @option(
+    "--reject/--no-reject",
+    default=False,
+    help="Answer what policies deny, so that clients fail at once: TCP RST, else ICMP administratively"
+    " prohibited; 100 per second at most. Without, it is dropped silently.",
+)
+@option(
     "--flow-log",
     metavar="PATH|-",
     help="Write a JSON line there for each flow judged, packet denied and flow ended; - is stdout. A file may"
@@ -228,6 +234,7 @@ def command(log_format: str, **options: Any) -> None:
         fail=Fail(options["fail"]),
         queues=options["queues"],
         audit=options["audit"],
+        reject=options["reject"],
         flow_log=options["flow_log"] or None,
         flow_log_rate=options["flow_log_rate"],
         queue_base=options["queue_base"],

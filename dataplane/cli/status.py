@@ -45,9 +45,10 @@ def _print(status: dict[str, Any]) -> None:
         f"{word}  generation {status['generation']}, "
         f"{status['pods']} pods under {status['policies']} policies"
     )
+    denied = "answered" if status["reject"] else "dropped"
     console.print(
         f"mode {status['mode']}, fail {status['fail']}, backend {status['backend']}, "
-        f"iptables {status['iptables']}"
+        f"iptables {status['iptables']}, what policies deny is {denied}"
     )
     if status["audit"]:
         console.print("[yellow]audit[/]: nothing is dropped; see podgate audit-report")

@@ -18,6 +18,7 @@ from dataplane._engine import Worker
 from dataplane._nfqueue import holder_of
 from dataplane.config import MarkLayout
 from dataplane.errors import KernelError
+from dataplane.reasons import Reason
 
 # The engine needs headers only; as in the native loop, longer extension headers are denied.
 COPY_RANGE = 256
@@ -156,6 +157,8 @@ class PlainQueue:
             reply=bool(own & marks.reply),
             wire=wire_length(payload),
         )
+        if not verdict.allow and verdict.reason is Reason.NO_RULE and self.worker.reject:
+            return True, own | marks.mask  # the rules behind the queue answer and drop it
         mark = own & ~marks.mask
         if verdict.allow and self._offload:
             if verdict.bits & BIT_EGRESS:

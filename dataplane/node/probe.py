@@ -194,6 +194,13 @@ def _probes() -> Iterator[Check]:
             "only needed for pods on a bridge: the kernel needs xt_physdev",
             needed=False,
         )
+    if installed:
+        yield _try(
+            "rules for --reject",
+            lambda: _install_rules(installed[0], families, kinds=(Options(reject=True),)),
+            "only needed for --reject: the kernel needs xt_REJECT (ipt_REJECT, ip6t_REJECT) and xt_limit",
+            needed=False,
+        )
     yield _try("queue", _bind_queue, "the kernel needs nfnetlink_queue (CONFIG_NETFILTER_NETLINK_QUEUE)")
     yield _try(
         "conntrack",
@@ -221,13 +228,19 @@ def _device_group() -> str:
     return "set and read back"
 
 
-def _install_rules(variant: IptablesVariant, families: tuple[int, ...], *, bridged: bool = False) -> str:
+_KINDS = (Options(), Options(queues=(0, 3), fail_open=True, strict=True))
+
+
+def _install_rules(
+    variant: IptablesVariant,
+    families: tuple[int, ...],
+    *,
+    bridged: bool = False,
+    kinds: tuple[Options, ...] = _KINDS,
+) -> str:
     ports = (Port("veth0", (parse_address("192.0.2.1"),), True, True, True),) if bridged else ()
     rules = 0
-    for options in (
-        Options(),
-        Options(queues=(0, 3), fail_open=True, strict=True),
-    ):
+    for options in kinds:
         for family in families:
             tool = iptables.find_tool(variant, family)
             assert tool is not None

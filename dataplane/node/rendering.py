@@ -53,7 +53,7 @@ class Options:
 
     `queues` are the first and last queue number. `not_pods`: links that strict mode must not take for
     pods not yet known although their names begin like a pod's. `audit`: no rule drops; what one would
-    have dropped is counted.
+    have dropped is counted. `reject`: what a verdict marks with all three bits is dropped, and answered.
     """
 
     marks: MarkLayout = field(default_factory=MarkLayout)
@@ -65,6 +65,7 @@ class Options:
     not_pods: tuple[str, ...] = ()
     audit: bool = False
     watch: int | None = None  # the queue that is shown what no rule queues of watched pods
+    reject: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -103,7 +104,7 @@ def render(options: Options, ports: Sequence[Port], family: int) -> dict[str, Ta
     ports = sorted(ports)
     return {
         "raw": _raw(options, ports, family),
-        "filter": TableRules({"PODGATE-INPUT-SAVE": _save(options)}, {"INPUT": "PODGATE-INPUT-SAVE"}),
+        "filter": _filter(options, family),
         "mangle": _mangle(options, ports, family),
     }
 
@@ -197,9 +198,44 @@ def _is(address: bytes, family: int) -> bool:
     return len(address) == (4 if family == 4 else 16)
 
 
-def _save(options: Options) -> Rules:
-    """Keep the verdict's bits in the connection, then take ours off the packet."""
+ANSWERS = "100/sec"  # and as many at once: a flood of denied packets must not become one of answers
+
+
+def _filter(options: Options, family: int) -> TableRules:
+    chains: dict[str, Rules] = {"PODGATE-INPUT-SAVE": _save(options, answer=True)}
+    jumps = {"INPUT": "PODGATE-INPUT-SAVE"}
+    if options.reject:
+        # REJECT works in `filter` only. It answers no RST, no ICMP error, no fragment and no broadcast.
+        prohibited = "icmp-admin-prohibited" if family == 4 else "icmp6-adm-prohibited"
+        chains |= {
+            "PODGATE-FORWARD-REJECT": (f"{_denied(options)} -j PODGATE-REJECT",),
+            "PODGATE-REJECT": (
+                f"-m limit --limit {ANSWERS} --limit-burst {ANSWERS.partition('/')[0]} -j PODGATE-ANSWER",
+                "-j DROP",
+            ),
+            "PODGATE-ANSWER": (
+                "-p tcp -j REJECT --reject-with tcp-reset",
+                f"-j REJECT --reject-with {prohibited}",
+            ),
+        }
+        jumps["FORWARD"] = "PODGATE-FORWARD-REJECT"
+    return TableRules(chains, jumps)
+
+
+def _denied(options: Options) -> str:
+    """A verdict sets E and I alone: all three bits are the mark of what is to be answered."""
+    return f"-m mark --mark {_hex(options.marks.mask, options.marks.mask)}"
+
+
+def _save(options: Options, *, answer: bool = False) -> Rules:
+    """Keep the verdict's bits in the connection, then take ours off the packet.
+
+    A packet that is to be answered gets no further, whatever became of the rules that answer; with
+    `answer` they are asked first.
+    """
     marks = options.marks
+    targets = ("PODGATE-REJECT", "DROP") if answer else ("DROP",)
+    rejecting = [f"{_denied(options)} -j {target}" for target in targets if options.reject]
     saving = (
         [
             # One bit at a time: saving with a mask of both would wipe the bit this verdict did not see.
@@ -211,6 +247,7 @@ def _save(options: Options) -> Rules:
     )
     return (
         f"-m mark --mark {_hex(0, marks.mask)} -j RETURN",
+        *rejecting,
         *saving,
         f"-j MARK --set-xmark {_hex(0, marks.mask)}",
     )
@@ -224,7 +261,10 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
     expected = _expected(options, family)
     forward: list[str] = []
     entry = [clean, service, *expected]
-    chains: dict[str, Rules] = {"PODGATE-QUEUE": _queue(options), "PODGATE-POSTROUTING": _save(options)}
+    chains: dict[str, Rules] = {
+        "PODGATE-QUEUE": _queue(options),
+        "PODGATE-POSTROUTING": _save(options),
+    }
     if options.strict:
         inward = [f"-i {name}+ -j PODGATE-UNKNOWN-IN" for name in _pod_names(options)]
         forward += [*inward, *(f"-o {name}+ -j PODGATE-UNKNOWN-OUT" for name in _pod_names(options))]

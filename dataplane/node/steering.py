@@ -221,6 +221,7 @@ class Steering:
             strict=config.mode is Mode.STRICT,
             veth_prefix=config.veth_prefix,
             audit=config.audit,
+            reject=config.rejects,
         )
         self._ports: tuple[Port, ...] = ()
         self._untagged: frozenset[str] | None = None  # ports whose tagged frames are dropped; None: not yet
@@ -281,7 +282,12 @@ class Steering:
         changed = self._make_sets()
         saved = {family: tool.read() for family, tool in self._tools.items()}
         self._ports = adopted_ports(saved.values())
-        changed = self._write_rules(saved) or changed
+        try:
+            changed = self._write_rules(saved) or changed
+        except KernelError as error:
+            if not self._options.reject:
+                raise
+            raise KernelError(f"{error}; --reject needs xt_REJECT and xt_limit in the kernel") from None
         return _remove_rules(variant for variant in VARIANTS if variant is not self.variant) != [] or changed
 
     def apply(

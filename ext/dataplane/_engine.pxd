@@ -88,6 +88,7 @@ cdef struct worker_t:
     uint32_t lane                 # no other worker of the publisher has it
     uint8_t observer              # 1: its packets pass whatever the rules say, and are counted nowhere else
     uint8_t audit                 # 1: nothing is denied; what would be has the reason R_AUDIT
+    uint32_t reject               # atomic: 1: what policies deny is answered, see `is_answered`
 
 cdef void worker_enter(worker_t *worker) noexcept nogil
 cdef void worker_leave(worker_t *worker) noexcept nogil
@@ -96,6 +97,10 @@ cdef void worker_leave(worker_t *worker) noexcept nogil
 # worker_enter and worker_leave only. Always leaves a verdict with a reason.
 cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, size_t wire,
                        const path_t *path, verdict_t *out) noexcept nogil
+
+# Whether a packet denied so is to be answered (TCP RST, ICMP prohibited): a rule was missing, so that its
+# source has been proven where it can be. Nothing else is: a forged source would make us hit a victim.
+cdef bint is_answered(worker_t *worker, const verdict_t *verdict) noexcept nogil
 
 # The verdict for a live flow known by its addresses alone (conntrack has no interfaces), as its
 # originator's packets have it after translation. No cache, no counters.

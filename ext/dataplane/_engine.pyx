@@ -447,6 +447,10 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
         record(worker, &packet, path, out, data, captured, capture & CAPTURE_BYTES != 0)
 
 
+cdef bint is_answered(worker_t *worker, const verdict_t *verdict) noexcept nogil:
+    return not verdict.allow and verdict.reason == R_NO_RULE and get_u32(&worker.reject) != 0
+
+
 # ---- Python faces ------------------------------------------------------------------------------
 
 cdef tuple REASONS = tuple(Reason)
@@ -629,7 +633,7 @@ cdef class Worker:
     `seed` keys the cache's hash, random by default. An `observer` lets every packet pass, whatever the
     rules say of it, and counts for no pod and no policy: for packets that nobody has to judge. `audit`:
     deny nothing; what would be denied has the reason `audit`. Not for several threads at once, but for
-    `events`, `counters`, `capture` and `keep_bytes`, which one other thread may use.
+    `events`, `counters`, `capture`, `keep_bytes` and `reject`, which one other thread may use.
     """
 
     def __cinit__(self, Publisher publisher not None, *, cache_entries=65536, ring_entries=0, seed=None,
@@ -715,6 +719,18 @@ cdef class Worker:
     def cache_stats(self):
         """(hits, misses) of the flow cache. Packets that never get to it count as neither."""
         return self.c.cache_hits, self.c.cache_misses
+
+    @property
+    def reject(self):
+        """Whether queue threads hand what policies deny to the kernel's rules that answer and drop it.
+
+        Those rules must be in force before: the packet is accepted, with all three marks.
+        """
+        return get_u32(&self.c.reject) != 0
+
+    @reject.setter
+    def reject(self, value):
+        set_u32(&self.c.reject, 1 if value else 0)
 
     @property
     def audit(self):

@@ -27,7 +27,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from dataplane._engine cimport (
-    BIT_EGRESS, BIT_INGRESS, Worker, path_t, verdict_t, worker_enter, worker_judge,
+    BIT_EGRESS, BIT_INGRESS, Worker, is_answered, path_t, verdict_t, worker_enter, worker_judge,
     worker_leave, worker_t,
 )
 from dataplane._netlink cimport (
@@ -384,6 +384,10 @@ cdef void handle(queue_t *q, int received) noexcept nogil:
                     q.answers[n].id = packet.id
                     q.answers[n].verdict = NF_ACCEPT if verdict.allow else NF_DROP
                     q.answers[n].mark = mark if verdict.allow else 0
+                    if is_answered(q.worker, &verdict):
+                        # The rules behind the queue drop what has all three, and answer it.
+                        q.answers[n].verdict = NF_ACCEPT
+                        q.answers[n].mark = packet.mark | ours
                     n += 1
                     count_up(&q.losses.packets)
                 else:

@@ -32,6 +32,8 @@ CASES: dict[str, tuple[Options, tuple[Port, ...]]] = {
     "other-marks": (Options(marks=MarkLayout.from_mask(0x00013000)), ()),
     "bridge": (Options(), PORTS),
     "bridge-no-offload": (Options(offload=False), PORTS),
+    "reject": (Options(reject=True), ()),
+    "reject-bridge-no-offload": (Options(reject=True, offload=False), PORTS),
     "audit-strict": (Options(strict=True, fail_open=True, audit=True), ()),
     "audit-bridge": (Options(fail_open=True, audit=True), PORTS),
     "watch": (Options(queues=(4, 7), watch=8), ()),
