@@ -154,3 +154,17 @@ def test_what_is_allowed_leaves_no_trace(lab: LabFactory, agent: AgentFactory) -
     flows = one.run("node", "conntrack", "-L", "-o", "extended", check=False).stdout.splitlines()
     marks = {field for line in flows for field in line.split() if field.startswith("mark=")}
     assert marks <= {"mark=0", f"mark={0x20000000}"}
+
+
+@FAMILY
+def test_a_local_service_of_the_node(lab: LabFactory, agent: AgentFactory, family: int) -> None:
+    """What the pod asks of node-local DNS is judged in INPUT, and answered there."""
+    one = lab(["x/a"])
+    address, nodad = {4: ("169.254.20.10/32", ""), 6: ("fd00:ec2::23/128", "nodad")}[family]
+    one.run("node", *f"ip addr add {address} dev lo {nodad}".split())
+    local = address.partition("/")[0]
+    daemon = agent(one, deny(one, "x/a", directions="egress"), options=["--reject"])
+    with one.serving([one.node], [(6, 53), (17, 53)]):
+        assert tcp_answer(one, "x/a", local, family, 53) == errno.ECONNREFUSED
+        assert udp_answer(one, "x/a", local, family, 53) == PROHIBITED[family]
+    assert daemon.status()["counters"]["no-rule"] >= 2

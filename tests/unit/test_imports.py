@@ -90,6 +90,8 @@ FORBIDDEN = {
         "controller",
     },
     "telemetry": {"sources", "lab", "cli", "agent", "answers"},
+    "flowlog": {"sources", "lab", "cli", "agent", "answers", "telemetry"},
+    "audit": {"sources", "lab", "cli", "agent", "answers", "telemetry"},
     "watching": {"sources", "lab", "cli", "agent", "enforcement", "answers", "tracing", "cni"},
     "tracing": {"sources", "lab", "cli", "agent", "answers", "cni"},
     "cni": {"sources", "lab", "cli", "agent", "answers", "controller"},
