@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STDIN = Path("-")
 POLICIES_SHOWN = 3
+WIDE = 240
 
 
 def _read(paths: tuple[Path, ...]) -> AuditTally:
@@ -68,7 +69,8 @@ def _from_logs(paths: tuple[Path, ...], objects: tuple[Path, ...]) -> dict[str, 
 
 
 def _print(answer: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    # A pipe has no width: names are not cut there.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
     since = f" since {answer['since']}" if answer["since"] else ""
     if answer["auditing"] is False and not answer["rows"]:
         console.print(
@@ -80,7 +82,9 @@ def _print(answer: dict[str, Any]) -> None:
         console.print(f"Nothing was seen{since} that enforcement would deny.")
         return
     console.print(f"Enforcement would deny, as seen{since} (packets: about one for each flow):")
-    table = Table("packets", "direction", "from", "to", "port", "why", "policies", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("packets", "direction", "from", "to", "port", "why", "policies"):
+        table.add_column(heading, overflow="fold")
     for row in answer["rows"]:
         names = row["policies"]
         rest = len(names) - POLICIES_SHOWN

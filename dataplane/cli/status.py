@@ -48,7 +48,8 @@ def _print(status: dict[str, Any]) -> None:
     denied = "answered" if status["reject"] else "dropped"
     console.print(
         f"mode {status['mode']}, fail {status['fail']}, backend {status['backend']}, "
-        f"iptables {status['iptables']}, what policies deny is {denied}"
+        f"iptables {status['iptables']}, what policies deny is {denied}",
+        soft_wrap=True,
     )
     if status["audit"]:
         console.print("[yellow]audit[/]: nothing is dropped; see podgate audit-report")
