@@ -38,10 +38,6 @@ class Traffic:
     missing: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
 
-    def add(self, each: Seen) -> None:
-        """A flow more."""
-        self.seen[each] += 1
-
 
 class Reader:
     """Turns records into who opened flows to whom, as far as policies have to do with it."""
@@ -53,22 +49,22 @@ class Reader:
             address: service for service in policies.known.services for address in service.cluster_ips
         }
 
-    def capture(self, flows: Iterable[Conversation], *, unanswered: bool = False) -> Traffic:
-        """What a capture's flows, judged by the policies at hand, say was let through.
+    def capture(self, flows: Iterable[tuple[Conversation, int]], *, unanswered: bool = False) -> Traffic:
+        """What a capture's flows (`Replay.talks`), judged by the policies at hand, say was let through.
 
         Of TCP and SCTP only what was answered was (a RST may be a firewall's); of other protocols also
         what these policies allow.
         """
         found = Traffic()
-        for each in flows:
+        for each, number in flows:
             flow, verdict = each.flow, each.verdict
             answered = each.answered or each.began is not Began.OPENED
             if verdict.reason in NEVER_JUDGED:
                 continue
             if not answered and not unanswered and (flow.protocol in HANDSHAKE or not verdict.allow):
-                found.passed_over["unanswered or refused"] += 1
+                found.passed_over["unanswered or refused"] += number
                 continue
-            self._take(found, flow.src, None, flow.dst, None, flow)
+            self._take(found, flow.src, None, flow.dst, None, flow, number)
         return found
 
     def flow_log(self, lines: Iterable[str], name: str) -> Traffic:
@@ -129,23 +125,31 @@ class Reader:
         self._take(found, *ends, flow)
 
     def _take(
-        self, found: Traffic, src: bytes, src_pod: Key | None, dst: bytes, dst_pod: Key | None, flow: Flow
+        self,
+        found: Traffic,
+        src: bytes,
+        src_pod: Key | None,
+        dst: bytes,
+        dst_pod: Key | None,
+        flow: Flow,
+        number: int = 1,
     ) -> None:
         source, destination = self._pod(src, src_pod), self._pod(dst, dst_pod)
         for named, pod in ((src_pod, source), (dst_pod, destination)):
             if named is not None and pod is None:
-                found.passed_over[f"of {named}, which is not in PATH"] += 1
+                found.passed_over[f"of {named}, which is not in PATH"] += number
                 return
         if source is not None and destination is None:
             service = self._services.get(dst)
             if service is not None:
-                self._to_service(found, Seen(src, source, dst, None, flow.protocol, flow.dport), service)
+                asked = Seen(src, source, dst, None, flow.protocol, flow.dport)
+                self._to_service(found, asked, service, number)
                 return
         if source is None and destination is None:
-            found.passed_over["between addresses that are no pods here"] += 1
+            found.passed_over["between addresses that are no pods here"] += number
             return
         port = flow.dport if flow.has_ports else 0
-        found.add(Seen(src, source, dst, destination, flow.protocol, port))
+        found.seen[Seen(src, source, dst, destination, flow.protocol, port)] += number
 
     def _pod(self, address: bytes, named: Key | None) -> Key | None:
         """The pod at an end: by its name if the record has one, so that a new address does no harm."""
@@ -154,7 +158,7 @@ class Reader:
             return named if pod is not None and not pod.host_network else None
         return self._policies.names.get(address)
 
-    def _to_service(self, found: Traffic, each: Seen, service: Service) -> None:
+    def _to_service(self, found: Traffic, each: Seen, service: Service, number: int) -> None:
         """Policies judge what is sent on: to each pod behind the Service that has an address."""
         behind = [
             (pod, target)
@@ -165,11 +169,12 @@ class Reader:
             for target in _targets(service, pod, each)
         ]
         if not behind:
-            found.passed_over[f"to Service {service.key}, behind which is no pod here"] += 1
+            found.passed_over[f"to Service {service.key}, behind which is no pod here"] += number
         for pod, target in behind:
             same = [address for address in pod.ips if family_of(address) == family_of(each.source)]
             if same:
-                found.add(each._replace(destination=same[0], destination_pod=pod.key, port=target))
+                sent_on = each._replace(destination=same[0], destination_pod=pod.key, port=target)
+                found.seen[sent_on] += number
 
 
 def _targets(service: Service, pod: Pod, each: Seen) -> Iterator[int]:

@@ -45,11 +45,14 @@ class Policies:
         }
         self._nodes_of = {entry.key: nodes for entry, nodes in zip(self.table.pods, self.nodes, strict=True)}
 
-    def replay(self, chosen: Filter | None = None) -> Replay:
-        """The engine with this table, ready for a capture. `chosen`: which of its packets."""
+    def replay(self, chosen: Filter | None = None, *, seed: int | None = None) -> Replay:
+        """The engine with this table, ready for a capture.
+
+        `chosen`: which of its packets. `seed` keys the hash tables, random by default.
+        """
         publisher = Publisher()
         publisher.publish(self.table)
-        return Replay(publisher, self.nodes, chosen=chosen)
+        return Replay(publisher, self.nodes, chosen=chosen, seed=seed)
 
     def verdict(self, flow: Flow) -> Verdict:
         """For a flow as its originator opened it."""
@@ -88,9 +91,9 @@ class Count:
     packets: int = 0
     bytes: int = 0
 
-    def add(self, flow: Conversation) -> None:
-        """One flow more, both ways."""
-        self.flows += 1
+    def add(self, flow: Conversation, flows: int) -> None:
+        """So many flows more, both ways; `flow` has what all of them carried."""
+        self.flows += flows
         self.packets += sum(flow.packets) + flow.related
         self.bytes += sum(flow.bytes)
 
@@ -105,7 +108,6 @@ class Summary:
     is not what policies judge. `began` counts flows that began before the capture.
     """
 
-    flows: list[Conversation]
     talks: list[tuple[Talk, Count]]
     outside: Count
     by_policy: list[tuple[Key, Count]]
@@ -114,31 +116,33 @@ class Summary:
     began: Counter[Began]
 
 
-def summarise(flows: list[Conversation], policies: Policies) -> Summary:
-    """Gather flows by who talks to whom, and by the policies that decided."""
+def summarise(flows: Iterable[tuple[Conversation, int]], policies: Policies) -> Summary:
+    """Gather flows, as `Replay.talks` has them, by who talks to whom, and by the policies that decided."""
     talks: defaultdict[Talk, Count] = defaultdict(Count)
     by_policy: defaultdict[Key, Count] = defaultdict(Count)
     denied_by: defaultdict[tuple[tuple[Key, ...], Direction], Count] = defaultdict(Count)
     outside = Count()
     services: Counter[Key] = Counter()
-    for each in flows:
+    began: Counter[Began] = Counter()
+    for each, number in flows:
+        if each.began is not Began.OPENED:
+            began[each.began] += number
         verdict = each.verdict
         if verdict.egress.pod is None and verdict.ingress.pod is None:
-            outside.add(each)
+            outside.add(each, number)
             continue
         matched = _matched(verdict)
-        talks[_talk(each, policies.names, matched)].add(each)
+        talks[_talk(each, policies.names, matched)].add(each, number)
         for key in {policy for _, policy, _ in matched} if verdict.allow else ():
-            by_policy[key].add(each)
+            by_policy[key].add(each, number)
         if not verdict.allow and verdict.direction is not None:
             end = verdict.egress if verdict.direction is Direction.EGRESS else verdict.ingress
             if end.pod is not None:
                 isolating = policies.isolating[verdict.direction].get(end.pod.key, ())
-                denied_by[isolating, verdict.direction].add(each)
+                denied_by[isolating, verdict.direction].add(each, number)
         if each.flow.dst in policies.services and verdict.ingress.pod is None:
-            services[policies.services[each.flow.dst]] += 1
+            services[policies.services[each.flow.dst]] += number
     return Summary(
-        flows=flows,
         talks=_sorted(talks),
         outside=outside,
         by_policy=sorted(by_policy.items(), key=lambda item: (-item[1].packets, item[0])),
@@ -147,7 +151,7 @@ def summarise(flows: list[Conversation], policies: Policies) -> Summary:
             key=lambda item: (-item[2].packets, item[:2]),
         ),
         services=services,
-        began=Counter(each.began for each in flows if each.began is not Began.OPENED),
+        began=began,
     )
 
 
@@ -195,16 +199,18 @@ def _talk(
     )
 
 
-def changes(flows: Iterable[Conversation], now: Policies, then: Policies) -> list[tuple[Talk, Count]]:
+def changes(
+    flows: Iterable[tuple[Conversation, int]], now: Policies, then: Policies
+) -> list[tuple[Talk, Count]]:
     """The flows whose verdict `then` would be another than `now`, as `then` has them; denied ones first."""
     found: defaultdict[Talk, Count] = defaultdict(Count)
-    for each in flows:
+    for each, number in flows:
         if each.verdict.reason is Reason.NEIGHBOUR_DISCOVERY:
             continue  # never a matter of policy, and told by more than its addresses
         verdict = then.verdict(each.flow)
         if verdict.allow != each.verdict.allow:
             changed = each._replace(verdict=verdict)
-            found[_talk(changed, now.names, _matched(verdict))].add(each)
+            found[_talk(changed, now.names, _matched(verdict))].add(each, number)
     return _sorted(found)
 
 

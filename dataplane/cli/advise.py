@@ -119,7 +119,7 @@ def command(
             capture, replay = open_capture(source, str(file)), policies.replay(chosen)
             with progress(f"Replaying {file}"):
                 read_through(replay, capture)
-                traffic = reader.capture(replay.conversations(), unanswered=unanswered)
+                traffic = reader.capture(replay.talks(), unanswered=unanswered)
             warn_of_end(capture, str(file))
         elif chosen is not None:
             raise InputError("--filter is for captures; choose lines of a flow log with jq")

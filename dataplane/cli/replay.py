@@ -89,8 +89,9 @@ def command(
     if packet_by_packet and output == "json":
         return
     with progress("Gathering flows"):
-        found = summarise(replay.conversations(), policies)
-        changed = changes(found.flows, policies, Policies(other)) if other is not None else None
+        talks = replay.talks()
+        found = summarise(talks, policies)
+        changed = changes(talks, policies, Policies(other)) if other is not None else None
     if output == "json":
         click.echo(json.dumps(_document(file, capture, replay, policies, found, changed)))
         return
@@ -276,7 +277,7 @@ def _document(
             "error": capture.error,
         },
         "verdicts": verdicts,
-        "flows": [describe_conversation(each, policies.names) for each in found.flows],
+        "flows": [describe_conversation(each, policies.names) for each in replay.conversations()],
         "policies": [{"policy": str(policy), **_json(amount)} for policy, amount in found.by_policy],
         "denied_by": [
             {"policies": [str(key) for key in isolating], "direction": str(direction), **_json(amount)}

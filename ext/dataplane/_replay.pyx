@@ -540,6 +540,34 @@ cdef step_t step(replay_t *replay, Worker worker, const record_t *record, event_
     return STEP_JUDGED
 
 
+# ---- flows taken together ----------------------------------------------------------------------
+
+# The flow as its originator has it, and no port of theirs.
+cdef void without_port(conversation_t *its) noexcept nogil:
+    if its.turned:
+        turn_round(&its.key)
+        its.turned = 0
+    its.key.sport = 0
+
+
+cdef inline bint same_talk(const conversation_t *a, const conversation_t *b) noexcept nogil:
+    return (same_flow(&a.key, &b.key) and a.verdict.allow == b.verdict.allow
+            and a.verdict.reason == b.verdict.reason and a.began == b.began and a.answered == b.answered)
+
+
+cdef void add(conversation_t *talk, const conversation_t *its) noexcept nogil:
+    cdef int way
+    for way in range(2):
+        talk.packets[way] += its.packets[way]
+        talk.bytes[way] += its.bytes[way]
+    talk.related += its.related
+    talk.opened += its.opened
+    if its.first_ns < talk.first_ns:
+        talk.first_ns = its.first_ns
+    if its.last_ns > talk.last_ns:
+        talk.last_ns = its.last_ns
+
+
 # ---- Python face -------------------------------------------------------------------------------
 
 cdef tuple REASONS = tuple(Reason)
@@ -676,24 +704,65 @@ cdef class Replay:
             self.read(capture, 1 << 17, True, &event, &judged)
         return event_to_python(&event, self.publisher, b"") if judged else None
 
+    cdef object told(self, const conversation_t *its, object pods):
+        cdef flow_t flow = its.key
+        if its.turned:
+            turn_round(&flow)
+        return Conversation(
+            flow_to_python(&flow), BEGAN[its.began], its.opened, its.first_ns, its.last_ns,
+            (its.packets[0], its.packets[1]), (its.bytes[0], its.bytes[1]), its.related,
+            its.answered != 0, verdict_to_python(&its.verdict, pods))
+
     def conversations(self):
         """The flows so far, in the order in which they were first seen: a list of `Conversation`."""
         cdef uint32_t i
-        cdef conversation_t *its
-        cdef flow_t flow
         pods = self.publisher.table.pods
-        found = []
-        for i in range(self.c.n):
-            its = &self.c.conversations[i]
-            flow = its.key
-            if its.turned:
-                turn_round(&flow)
-            found.append(Conversation(
-                flow_to_python(&flow), BEGAN[its.began], its.opened, its.first_ns, its.last_ns,
-                (its.packets[0], its.packets[1]), (its.bytes[0], its.bytes[1]), its.related,
-                its.answered != 0,
-                verdict_to_python(&its.verdict, pods)))
-        return found
+        return [self.told(&self.c.conversations[i], pods) for i in range(self.c.n)]
+
+    def talks(self):
+        """The flows so far, taken together where they differ by the originator's port alone.
+
+        A list of (`Conversation`, flows): the first of them, with the counts and times of all. What
+        tells them apart besides: how it was told who opened them, whether they were answered, and
+        the verdict.
+        """
+        cdef uint32_t i, at, n = 0
+        cdef uint32_t mask = 1023
+        cdef conversation_t *talks
+        cdef conversation_t *talk
+        cdef conversation_t *its
+        cdef uint32_t *flows
+        cdef uint32_t *slots
+        while mask < 2 * self.c.n:
+            mask = 2 * mask + 1
+        talks = <conversation_t *>malloc((<size_t>self.c.n + 1) * sizeof(conversation_t))
+        flows = <uint32_t *>calloc(<size_t>self.c.n + 1, sizeof(uint32_t))
+        slots = <uint32_t *>malloc((<size_t>mask + 1) * sizeof(uint32_t))
+        try:
+            if talks == NULL or flows == NULL or slots == NULL:
+                raise MemoryError
+            memset(slots, 0xFF, (<size_t>mask + 1) * sizeof(uint32_t))
+            with nogil:
+                for i in range(self.c.n):
+                    its = &self.c.conversations[i]
+                    talk = &talks[n]
+                    talk[0] = its[0]
+                    without_port(talk)
+                    at = <uint32_t>(digest_flow(self.c.seed, &talk.key) & mask)
+                    while slots[at] != NO_FLOW and not same_talk(&talks[slots[at]], talk):
+                        at = (at + 1) & mask
+                    if slots[at] == NO_FLOW:
+                        slots[at] = n
+                        n += 1
+                    else:
+                        add(&talks[slots[at]], its)
+                    flows[slots[at]] += 1
+            pods = self.publisher.table.pods
+            return [(self.told(&talks[i], pods), flows[i]) for i in range(n)]
+        finally:
+            free(talks)
+            free(flows)
+            free(slots)
 
     def totals(self):
         """{(allow, reason): (packets, bytes)} of what was judged. Only what there was."""

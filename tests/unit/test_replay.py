@@ -361,6 +361,31 @@ def test_more_flows_than_the_table_begins_with(policies: Policies, tmp_path: Pat
     assert len(found.flows) == 3000
     assert [flow.flow.sport for flow in found.flows] == list(range(1024, 4024))
     assert {flow.packets for flow in found.flows} == {(1, 1)}
+    ((talk, number),) = found.replay.talks()
+    assert (number, talk.packets, talk.bytes, talk.opened) == (3000, (3000, 3000), (120000, 120000), 3000)
+    assert talk.flow == found.flows[0].flow._replace(sport=0)
+    assert (talk.first_ns, talk.last_ns) == (found.flows[0].first_ns, found.flows[-1].last_ns)
+
+
+def test_flows_are_taken_together_only_where_all_but_the_port_is_the_same(
+    policies: Policies, tmp_path: Path
+) -> None:
+    packets = [
+        tcp(CLIENT, 40000, FRONTEND, 80, "S"),
+        tcp(FRONTEND, 80, CLIENT, 40000, "SA"),
+        tcp(CLIENT, 40001, FRONTEND, 80, "S"),  # not answered
+        tcp(CLIENT, 40001, FRONTEND, 81, "S"),  # another port
+        tcp(FRONTEND, 80, CLIENT, 40002, "SA"),  # not seen to open
+    ]
+    found = Replayed(policies, tmp_path, packets)
+    assert [
+        (talk.flow.dport, talk.answered, talk.began, number) for talk, number in found.replay.talks()
+    ] == [
+        (80, True, Began.OPENED, 1),
+        (80, False, Began.OPENED, 1),
+        (81, False, Began.OPENED, 1),
+        (80, True, Began.ANSWERED, 1),
+    ]
 
 
 def test_a_filter_chooses_packets(policies: Policies, tmp_path: Path) -> None:
@@ -390,7 +415,7 @@ def test_who_talked_to_whom_and_who_decided(policies: Policies, tmp_path: Path) 
             tcp(OUTSIDE, 40000, "198.51.100.7", 443, "S"),
         ],
     )
-    summary = summarise(found.flows, policies)
+    summary = summarise(found.replay.talks(), policies)
     assert [
         (talk.source, talk.destination, talk.port, talk.allow, count.flows, count.packets)
         for talk, count in summary.talks
@@ -422,13 +447,13 @@ def test_what_other_policies_would_change(policies: Policies, tmp_path: Path) ->
     )
     closed = Policies(read_paths([STARS / "pods.yaml", STARS / "01-default-deny.yaml"]).snapshot)
     opened = Policies(read_paths([STARS / "pods.yaml"]).snapshot)
-    assert changes(found.flows, policies, policies) == []
-    denied = changes(found.flows, policies, closed)
+    assert changes(found.replay.talks(), policies, policies) == []
+    denied = changes(found.replay.talks(), policies, closed)
     assert [(talk.source, talk.destination, talk.allow, talk.reason) for talk, _ in denied] == [
         ("client/client", "stars/frontend", False, Reason.NO_RULE),
         ("stars/frontend", "stars/backend", False, Reason.NO_RULE),
     ]
-    allowed = changes(found.flows, policies, opened)
+    allowed = changes(found.replay.talks(), policies, opened)
     assert [(talk.source, talk.destination, talk.allow, talk.reason) for talk, _ in allowed] == [
         ("client/client", "stars/backend", True, Reason.NOT_ISOLATED)
     ]

@@ -45,7 +45,7 @@ def test_packets_and_who_talked_to_whom(dump: Path) -> None:
     assert [line.split()[1] for line in lines[:3]] == ["allow", "allow", "deny"]
     assert "client/client:40001 > stars/backend:6379" in lines[2]
     assert lines[2].endswith("  evaluated")
-    assert "  ingress: no-rule  " in lines[2]
+    assert "  ingress: no-rule (isolated by stars/allow-ui, stars/backend, stars/default-deny)  " in lines[2]
     assert lines[4].startswith(f"{dump}: 3 packets, 2 s from ")
     assert lines[4].endswith(", Ethernet")
     assert lines[5] == "2 flows of pods: 1 allowed, 1 denied"
