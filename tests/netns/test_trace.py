@@ -205,7 +205,7 @@ def test_a_capture_opens_in_tshark_with_the_verdicts(
         assert packet[5][:17] == f"{epoch(row['ts']):.6f}"[:17]
     comments = {packet[0] for packet in packets}
     assert any(one.startswith("allow ingress: policy-rule of x/web rule 0; x/b > x/a") for one in comments)
-    assert any(one.startswith("deny ingress: no-rule; y/c > x/a") for one in comments)
+    assert any(one.startswith("deny ingress: no-rule (isolated by x/web); y/c > x/a") for one in comments)
 
 
 def epoch(ts: str) -> float:
