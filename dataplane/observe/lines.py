@@ -110,8 +110,6 @@ def decision(record: Record) -> str:
 
 def _named(one: Record) -> str:
     reason, policy, rule = str(one["reason"]), one.get("policy"), one.get("rule")
-    if would := one.get("would_deny"):
-        return f"{reason} (would deny: {would})"
     if not policy:
         return reason
     by = policy if rule is None else f"{policy} rule {rule}"

@@ -192,5 +192,5 @@ def test_stdout_and_a_place_that_is_none(lab: LabFactory, agent: AgentFactory, t
     daemon.options = ("--flow-log", str(tmp_path / "missing" / "flows"))
     daemon.start(wait=False)
     assert daemon.process is not None
-    assert daemon.process.wait(20) == 2
+    assert daemon.process.wait(60) == 2
     assert "flows: No such file or directory" in daemon.text().splitlines()[-1]

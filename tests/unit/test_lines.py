@@ -73,10 +73,6 @@ def test_both_ends_are_named_where_rules_of_both_allowed() -> None:
             {"verdict": "allow", "reason": "reply", "direction": "ingress", "policy": "x/p", "rule": 0},
             "ingress: reply (x/p rule 0)",
         ),
-        (
-            {"verdict": "allow", "reason": "audit", "would_deny": "no-rule"},
-            "ingress: audit (would deny: no-rule)",
-        ),
     ],
 )
 def test_the_deciding_end_comes_with_its_reason(more: dict[str, Any], expected: str) -> None:
