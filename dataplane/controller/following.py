@@ -49,7 +49,7 @@ class Following:
 
     def exists(self, policy: Key) -> bool:
         """Whether the cluster has this NetworkPolicy, readable or not."""
-        return policy in self._policies.seen
+        return policy in self._policies.policies
 
     async def run(self) -> None:
         """Follow until cancelled."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -371,31 +371,34 @@ class KubernetesSource:
             known = self._definition.problem is None
             await asyncio.sleep(DISCOVERY_SECONDS * random.uniform(0.5, 1.0) if known else 2.0)
 
-    def _without_endpoints(self, older_than: float = 0.0) -> list[Key]:
-        """The NetworkPolicies seen so many seconds ago that have no PolicyEndpoint."""
+    def _without_endpoints(self) -> list[Key]:
+        """The NetworkPolicies that have no PolicyEndpoint."""
         slices = self._slices
         if slices is None or not self._listed("policyendpoints"):
             return []
-        latest = time.monotonic() - older_than
-        seen: Mapping[Key, float] = {}
+        policies: Collection[Key] = ()
         for name in ("networkpolicies", "policy names"):
             if self._listed(name):
                 outlet = self._feeds[name].outlet
                 assert isinstance(outlet, PolicyOutlet)
-                seen = outlet.seen
-        return sorted(policy for policy, since in seen.items() if since <= latest and policy not in slices)
+                policies = outlet.policies
+        return sorted(policy for policy in policies if policy not in slices)
 
     async def _tick(self) -> None:
         """Once a second: what becomes due by time alone."""
         looked_at: list[tuple[Resource, int, int]] = []
-        waiting = True
+        # Since when: a policy that is being deleted may lose its PolicyEndpoint first, and that is no news.
+        without: dict[Key, float] | None = None
         while True:
             await asyncio.sleep(1.0)
             now = [(watch.resource, watch.lists, watch.changes) for watch in self.watches]
-            if not waiting and now == looked_at:
+            if without == {} and now == looked_at:
                 continue  # thousands of policies, and nothing new about them
-            looked_at, waiting = now, bool(self._without_endpoints())
-            self._report(self._without_endpoints(UNMATCHED_SECONDS) if self.synced else [])
+            looked_at, moment, before = now, time.monotonic(), without or {}
+            without = {policy: before.get(policy, moment) for policy in self._without_endpoints()}
+            latest = moment - UNMATCHED_SECONDS
+            unmatched = [policy for policy, since in without.items() if since <= latest]
+            self._report(unmatched if self.synced else [])
             if self._resolving and self._definition.served:
                 self._wake_up()  # the last policy that we resolved may have its PolicyEndpoint by now
 

@@ -5,7 +5,6 @@ Before `Outlet.publish` nothing reaches the store: an agent that has half of wha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from sys import intern
@@ -102,30 +101,28 @@ class PodOutlet(Outlet):
 
 
 class PolicyOutlet(Outlet):
-    """Knows besides when each NetworkPolicy was first seen.
+    """Knows besides which NetworkPolicies there are.
 
     Of heads the store gets only those that say something.
     """
 
     def __init__(self, store: Store, origin: str) -> None:
         super().__init__(store, origin)
-        self.seen: dict[Key, float] = {}  # time.monotonic()
+        self.policies: set[Key] = set()
 
     def replace(self, everything: dict[str, Decoded]) -> None:
-        now = time.monotonic()
-        policies = map(_policy_key, everything)
-        self.seen = {policy: self.seen.get(policy, now) for policy in policies}
+        self.policies = set(map(_policy_key, everything))
         super().replace({name: decoded for name, decoded in everything.items() if _says(*decoded)})
 
     def put(self, name: str, item: KubernetesObject | None, problems: tuple[Problem, ...] = ()) -> None:
-        self.seen.setdefault(_policy_key(name), time.monotonic())
+        self.policies.add(_policy_key(name))
         if _says(item, problems):
             super().put(name, item, problems)
         else:
             super().delete(name)
 
     def delete(self, name: str) -> None:
-        self.seen.pop(_policy_key(name), None)
+        self.policies.discard(_policy_key(name))
         super().delete(name)
 
 
