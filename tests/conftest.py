@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from guard_page import GuardPage
 
 
@@ -18,3 +19,8 @@ def guard() -> Iterator[GuardPage]:
     page = GuardPage()
     yield page
     page.close()
+
+
+def pytest_runtest_teardown() -> None:
+    """A command that a test runs in this process sets logging up, for a stderr that goes with the test."""
+    structlog.reset_defaults()
