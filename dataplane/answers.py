@@ -16,10 +16,13 @@ from dataplane.errors import InputError, KernelError
 from dataplane.node import conntrack
 from dataplane.observe.control import Answer, Query
 from dataplane.observe.events import deciding_policy, pod_name, protocol_name
+from dataplane.observe.selection import Selection
 from dataplane.plan import node_addresses
 from dataplane.pod_names import NamesByAddress
 from dataplane.policy.explain import describe_rules
 from dataplane.policy.explainer import Explainer
+from dataplane.reasons import Reason
+from dataplane.verdict import Event, Flow, Packet, Verdict
 
 
 class Source(Protocol):
@@ -42,6 +45,12 @@ class Reachable(Protocol):
 
     @property
     def problems(self) -> Sequence[str]: ...
+
+
+def _event(flow: Flow, verdict: Verdict) -> Event:
+    """The verdict of a flow in the form that selections read, without a packet of it."""
+    packet = Packet(Reason.NONE, flow, None, 0, 0, 0, 0, 0, 0, False, False)
+    return Event(0, packet, 0, 0, 0, False, 0, True, verdict)
 
 
 class Answers:
@@ -157,8 +166,16 @@ class Answers:
             found["notes"].append("the agent runs with --audit: it drops nothing")
         return found
 
-    async def flows(self, _query: Query) -> list[dict[str, Any]]:
-        """Live flows from conntrack that touch a pod of this node, with their verdict now."""
+    async def flows(self, query: Query) -> list[dict[str, Any]]:
+        """Live flows from conntrack that touch a pod of this node, with their verdict now.
+
+        `filter`: only those that its conditions select (`observe.selection`). No packet is at hand: a
+        pcap-filter expression is refused.
+        """
+        selection = Selection.parse([query.get("filter", "")])
+        if selection.packets:
+            raise InputError("FILTER: flows know no packets, so no pcap-filter expression selects them")
+        wanted = selection.wanted(self._names, None)
         table, names = self._table(), self._names()
         rows = []
         marks = self.enforcement.config.marks
@@ -168,6 +185,10 @@ class Answers:
             if src not in names and dst not in names:
                 continue
             verdict = judge_flow(table, src, dst, flow.protocol, sport, dport)
+            if wanted is not None and not wanted(
+                _event(Flow(src, dst, flow.protocol, sport, dport, True), verdict)
+            ):
+                continue
             rows.append(
                 {
                     "verdict": "allow" if verdict.allow else "deny",

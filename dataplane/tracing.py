@@ -28,6 +28,13 @@ RECORDS_AT_ONCE = 256  # made before anything else in the event loop has its tur
 Records = AsyncGenerator[list[dict[str, Any]], None]
 
 
+def _capture(query: Query, default: str) -> int:
+    capture = query.get("capture", default)
+    if capture not in CAPTURE:
+        raise InputError(f"capture={capture}: one of {', '.join(CAPTURE)}")
+    return CAPTURE[capture]
+
+
 class Tracing:
     """Streams of live verdicts. Changes nothing but what is captured and, if asked to, what is queued."""
 
@@ -41,10 +48,7 @@ class Tracing:
 
     async def events(self, query: Query) -> Records:
         """Every verdict of a capture level. `capture`: denied, misses (the default) or all."""
-        capture = query.get("capture", "misses")
-        if capture not in CAPTURE:
-            raise InputError(f"capture={capture}: one of {', '.join(CAPTURE)}")
-        with self._enforcement.live.read(CAPTURE[capture]) as reader:
+        with self._enforcement.live.read(_capture(query, "misses")) as reader:
             yield []
             async for records in self._records(reader):
                 yield records
@@ -54,7 +58,9 @@ class Tracing:
 
         `data=yes`: with the first bytes of each packet, as base64. `every-packet=yes`: of packets too
         that need no verdict; the pods that the filter means are looked at until the stream ends.
+        `capture`: denied, misses or all (the default), if that is less than what the filter selects.
         """
+        most = _capture(query, "all")
         selection = Selection.parse([query.get("filter", "")])
         packets = await asyncio.to_thread(selection.compile)
         data, every_packet = query.get("data") == "yes", query.get("every-packet") == "yes"
@@ -63,7 +69,8 @@ class Tracing:
         pods = self._pods(selection) if every_packet else None
         local = self._enforcement.config.pod_names is PodNames.LOCAL
         first = selection.first_filter(packets, pods=local)
-        with live.read(selection.capture, wanted, first=first, data=data or packets is not None) as reader:
+        level = min(selection.capture, most)
+        with live.read(level, wanted, first=first, data=data or packets is not None) as reader:
             if every_packet:
                 await self._enforcement.watch(selection.pods)
             try:

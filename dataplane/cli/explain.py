@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,57 +48,56 @@ REASONS = {
 POLICIES_SHOWN = 8
 
 
-def _end(label: str, who: str, end: dict[str, Any], everything: bool) -> None:
+def _end(label: str, who: str, end: dict[str, Any], everything: bool) -> Iterator[str]:
     colour = "red" if end["verdict"] == "deny" else "yellow" if end["reason"] == "audit" else "green"
-    click.echo(f"  {label} of {who}: " + click.style(f"{end['verdict']}, {end['reason']}", fg=colour))
+    yield f"  {label} of {who}: " + click.style(f"{end['verdict']}, {end['reason']}", fg=colour)
     if end["rule"]:
         rule = end["rule"]
         excepts = f" except {', '.join(rule['except'])}" if rule["except"] else ""
         ports = ", ".join(rule["ports"]) or "every port"
-        click.echo(f"    policy {end['policy']}, rule {rule['index']}: {rule['cidr']}{excepts}, {ports}")
+        yield f"    policy {end['policy']}, rule {rule['index']}: {rule['cidr']}{excepts}, {ports}"
         if " rule " not in end["field"]:  # where the policy itself is known
-            click.echo(f"    written as {end['policy']} {end['field']}")
+            yield f"    written as {end['policy']} {end['field']}"
     else:
-        click.echo(f"    {REASONS.get(end['reason'], end['reason'])}")
+        yield f"    {REASONS.get(end['reason'], end['reason'])}"
     policies = end["policies"]
     if policies:
         rest = 0 if everything else len(policies) - POLICIES_SHOWN
         names = ", ".join(policies if rest <= 0 else policies[:POLICIES_SHOWN])
-        click.echo(f"    isolated by {names}" + (f" and {rest} more" if rest > 0 else ""))
+        yield f"    isolated by {names}" + (f" and {rest} more" if rest > 0 else "")
     for candidate in end.get("candidates", ()):
         place = click.style(f"{candidate['policy']} {candidate['field']}", bold=True)
-        click.echo(f"      {place}: {candidate['sentence']}")
+        yield f"      {place}: {candidate['sentence']}"
     for alike in end.get("more", ()):
-        click.echo(f"      {alike['sentence']}")
+        yield f"      {alike['sentence']}"
     if end.get("more"):
-        click.echo("      (--all shows them)")
+        yield "      (--all shows them)"
 
 
 def _name(end: dict[str, Any]) -> str:
     return f"{end['pod']} ({end['ip']})" if end["pod"] else str(end["ip"])
 
 
-def _print(answer: dict[str, Any], everything: bool) -> None:
+def told(answer: dict[str, Any], *, everything: bool = False) -> Iterator[str]:
+    """The agent's answer for people, with colour: lines, some of which hold line breaks."""
     allowed = answer["verdict"] == "allow"
     word = click.style("ALLOW" if allowed else "DENY", fg="green" if allowed else "red", bold=True)
     audited = [side for side in ("egress", "ingress") if answer[side]["reason"] == "audit"]
     if allowed and audited:
         word += click.style(f" (in audit: {' and '.join(audited)} would deny)", fg="yellow")
-    click.echo(f"{word}  {_name(answer['from'])} → {_name(answer['to'])}  {answer['port']}")
+    yield f"{word}  {_name(answer['from'])} → {_name(answer['to'])}  {answer['port']}"
     for note in answer["notes"]:
-        click.echo(click.style(f"  note: {note}", fg="yellow"))
-    _end("egress", answer["from"]["pod"] or answer["from"]["ip"], answer["egress"], everything)
-    _end("ingress", answer["to"]["pod"] or answer["to"]["ip"], answer["ingress"], everything)
+        yield click.style(f"  note: {note}", fg="yellow")
+    yield from _end("egress", answer["from"]["pod"] or answer["from"]["ip"], answer["egress"], everything)
+    yield from _end("ingress", answer["to"]["pod"] or answer["to"]["ip"], answer["ingress"], everything)
     suggestions = answer["suggestions"]
     if suggestions:
         policies = [each for each in suggestions if each["manifest"]]
         many = "policies" if len(policies) > 1 else "policy"
         would = "allow it once enforced" if audited else "allow it"
-        click.echo(
-            f"\nThe smallest {many} that would {would}:" if policies else "\nNo policy can be suggested:"
-        )
+        yield f"\nThe smallest {many} that would {would}:" if policies else "\nNo policy can be suggested:"
     for each in suggestions:
-        click.echo(each["yaml"], nl=False)
+        yield each["yaml"].removesuffix("\n")
 
 
 @click.command(epilog="Example:  podgate explain policies/ --from shop/web-0 --to shop/db-0 --port 5432/TCP")
@@ -139,6 +139,7 @@ def command(
     if output == "json":
         click.echo(json.dumps(answer))
     else:
-        _print(answer, everything)
+        for line in told(answer, everything=everything):
+            click.echo(line)
     if expect and answer["verdict"] != expect:
         raise NotAsExpected(f"expected {expect}, the verdict is {answer['verdict']}")
