@@ -7,6 +7,11 @@ from collections.abc import Iterator
 import pytest
 import structlog
 from guard_page import GuardPage
+from hypothesis import HealthCheck, settings
+
+# No test asserts how long something takes: a machine may be busy.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
