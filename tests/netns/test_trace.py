@@ -115,7 +115,9 @@ def web(lab: Lab) -> Object:
 
 def watched_rules(lab: Lab) -> str:
     """What of the rules in the node concerns looking at every packet."""
-    saved = lab.run("node", "iptables-save", "-t", "mangle").stdout
+    saved = "".join(
+        lab.run("node", f"{tool}-save", "-t", "mangle").stdout for tool in ("iptables", "ip6tables")
+    )
     return "\n".join(line for line in saved.splitlines() if "WATCH" in line)
 
 
@@ -166,6 +168,7 @@ def test_readers_see_what_their_filters_select(lab: LabFactory, agent: AgentFact
         everything.wait(3, verdict="deny", tcp_flags="SYN")
         for name in ("deny", "port"):
             traces[name].wait(2)
+        traces["policy"].wait(3, verdict="deny", tcp_flags="SYN")
     pairs = {
         name: {(row["src_pod"], row["dst_port"]) for row in trace.rows if row["tcp_flags"] == "SYN"}
         for name, trace in traces.items()
@@ -175,7 +178,8 @@ def test_readers_see_what_their_filters_select(lab: LabFactory, agent: AgentFact
         "from": {("y/c", SERVED), ("y/c", REFUSED)},
         "port": {("x/b", REFUSED), ("y/c", REFUSED)},
         "host": {("y/c", SERVED), ("y/c", REFUSED)},
-        "policy": {("x/b", SERVED)},
+        # What its rules allow, and what is denied at the pods that it isolates.
+        "policy": {("x/b", SERVED), ("x/b", REFUSED), ("y/c", SERVED), ("y/c", REFUSED)},
         "none": set(),
     }
 
