@@ -288,7 +288,8 @@ def test_the_socket_lives_as_long_as_the_agent(lab: LabFactory, agent: AgentFact
     second.start(wait=False)
     assert second.process is not None
     assert second.process.wait(15) == 2
-    assert second.text().strip().endswith("else stop it")
+    # It ends because its ports are taken, and leaves the socket to whom it belongs.
+    assert "another agent answers the CNI" in second.text()
     assert not second.control.exists()
     assert cni.add("x/a")
     daemon.kill()
