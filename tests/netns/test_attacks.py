@@ -156,7 +156,12 @@ def test_readers_do_not_keep_the_agent_from_ending(lab: LabFactory, agent: Agent
 
 def test_a_hangup_ends_the_agent_in_order(lab: LabFactory, agent: AgentFactory) -> None:
     one = lab(["x/a"])
-    daemon = agent(one, deny(one, "x/a"))
+    # The agent must not have it ignored from us, as below nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        daemon = agent(one, deny(one, "x/a"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGHUP)
     assert daemon.process.wait(10) == 0

@@ -196,7 +196,7 @@ def test_remove_takes_away_ours_and_nothing_else(lab: Net, variant: IptablesVari
         removed = steering(variant).remove()  # another process, which knows nothing
         assert any("mangle" in line for line in removed)
         assert f"device group bits 0x70000000 of {host}" in removed
-        assert "10 IP sets" in removed
+        assert "12 IP sets" in removed
         assert "PODGATE" not in save(NFT) + save(LEGACY)
         assert {line for line in before.splitlines() if "-A" in line} <= set(save(variant).splitlines())
         assert run("ipset", "-n", "list").split() == ["theirs"]

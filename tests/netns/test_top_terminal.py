@@ -24,20 +24,21 @@ SECONDS = 30.0  # a busy machine; nothing here waits for so long by itself
 class Terminal:
     """A shell in a tmux server of its own."""
 
-    def __init__(self, name: str, directory: Path) -> None:
-        self._name = name
+    def __init__(self, server: str, directory: Path) -> None:
+        self._server = server
         environment = {
             **os.environ,
             "PYTHONPATH": import_path(),
             "LC_ALL": "C.UTF-8",
             "TMUX_TMPDIR": str(directory),
         }
-        environment.pop("TMUX", None)
+        for name in ("TMUX", "COLUMNS", "LINES"):  # of whoever runs the tests: the size is tmux's
+            environment.pop(name, None)
         self._environment = environment
         self._tmux("-f", "/dev/null", "new-session", "-d", "-x", "150", "-y", "40", "sh")
 
     def _tmux(self, *argv: str) -> str:
-        line = ["tmux", "-L", self._name, *argv]
+        line = ["tmux", "-L", self._server, *argv]
         return subprocess.run(
             line, env=self._environment, capture_output=True, text=True, check=True, timeout=SECONDS
         ).stdout
