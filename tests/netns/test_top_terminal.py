@@ -105,9 +105,14 @@ def test_denied_traffic_appears_and_is_explained(
     terminal.shows(r"ready, generation \d+, 1 pods under 1 policies", "Denials", "enter explain")
     assert terminal.alternate()
 
-    assert not connect(one, "y/other", "x/server").reached
+    def denied() -> object:
+        # Again and again: what came before the view listened, it cannot show.
+        assert not connect(one, "y/other", "x/server").reached
+        denial = r"deny +x/server +ingress +no-rule \(x/web\) +y/other:\d+ > x/server:80"
+        return re.search(denial, terminal.screen())
+
+    until(denied, SECONDS, "the denial on the screen")
     assert connect(one, "x/client", "x/server").reached
-    terminal.shows(r"deny +x/server +ingress +no-rule \(x/web\) +y/other:\d+ > x/server:80")
 
     terminal.keys("Enter")
     terminal.shows(
