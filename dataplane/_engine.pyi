@@ -66,6 +66,27 @@ class Worker:
         reply: bool = False,
         wire: int | None = None,
     ) -> Verdict: ...
+    def propose(
+        self,
+        packet: bytes,
+        *,
+        indev: int = 0,
+        outdev: int = 0,
+        hook: int = 2,
+        reply: bool = False,
+        wire: int | None = None,
+    ) -> Event: ...
+    def override(
+        self,
+        packet: bytes,
+        allow: bool,
+        *,
+        indev: int = 0,
+        outdev: int = 0,
+        hook: int = 2,
+        reply: bool = False,
+        wire: int | None = None,
+    ) -> Event: ...
     def enter(self) -> None: ...
     def leave(self) -> None: ...
     def counters(self) -> dict[tuple[bool, str, Reason], tuple[int, int]]: ...

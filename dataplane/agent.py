@@ -19,6 +19,7 @@ from dataplane.config import AgentConfig, Mode, OnStop, Resolve
 from dataplane.enforcement import Enforcement
 from dataplane.errors import KernelError
 from dataplane.flowlog import FlowLog
+from dataplane.intercepting import Intercepting
 from dataplane.model import Key, NetworkPolicy, PolicyEndpoint
 from dataplane.node.steering import installed_marks
 from dataplane.observe.control import ControlServer, ask_to_hand_over, someone_listens
@@ -97,7 +98,8 @@ class Agent:
         streams = Tracing(self.enforcement, names).streams()
         self.audit = AuditWatch(self.enforcement, names)
         by_name = {**answers.by_name(), "audit": self.audit.report}
-        self.control = ControlServer(config.control, by_name, streams, self._hand_over)
+        dialogues = {"intercept": Intercepting(self.enforcement, names).intercept}
+        self.control = ControlServer(config.control, by_name, streams, self._hand_over, dialogues)
         telemetry = Telemetry(self.enforcement, self.source, self.programming)
         self.flow_log: FlowLog | None = None
         if config.flow_log is not None:

@@ -84,7 +84,7 @@ class Answers:
         """How the agent is."""
         now, plan = self.enforcement, self.enforcement.in_force
         counters: Counter[str] = Counter()
-        for worker in now.queues.workers:
+        for worker in now.workers:
             for (_allow, _direction, reason), (packets, _bytes) in worker.counters().items():
                 counters[reason.text] += packets
         problems = [*self.source.problems, *now.all_faults]
@@ -97,6 +97,7 @@ class Answers:
             problems += [f"pod {key}: its policies wait for its interface to appear" for key in plan.waiting]
         problems += [str(problem) for problem in now.snapshot.problems]
         queues = []
+        counters["queue-full"] += now.interception.lost
         if plan is not None:
             try:
                 dropped = await now.in_kernel_thread(now.steering.counters)

@@ -19,10 +19,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from dataplane._engine import Publisher
+from dataplane._engine import Publisher, Worker
 from dataplane._rules import RuleTable
 from dataplane.config import AgentConfig
 from dataplane.errors import InputError, KernelError
+from dataplane.interception import Hook, Interception
 from dataplane.model import Problem, Snapshot
 from dataplane.node import conntrack
 from dataplane.node.interfaces import Interfaces, LinkState
@@ -77,6 +78,7 @@ class Enforcement:
         )
         self.live = LiveVerdicts(self.queues.workers)
         self.watching = Watching(config, self.publisher, self.live, RING_ENTRIES)
+        self.interception = Interception(config, self.publisher, self.live, RING_ENTRIES)
         self.resolver = Resolver()
         self._planner = Planner()
         self.known = Snapshot()  # the objects as the sources gave them
@@ -103,13 +105,19 @@ class Enforcement:
     @property
     def all_faults(self) -> list[str]:
         """What is wrong with our own rules and threads, or known not to be kept out by them."""
-        return [*self.faults, *([self.steering.unguarded] if self.steering.unguarded else [])]
+        unguarded = [self.steering.unguarded] if self.steering.unguarded else []
+        return [*self.faults, *unguarded, *self.interception.problems]
 
     @property
     def ready(self) -> bool:
         """Whether everything known is in force and nothing is in the way of judging packets."""
         plan = self.in_force
         return plan is not None and not plan.problems and self.refused is None and not self.all_faults
+
+    @property
+    def workers(self) -> list[Worker]:
+        """What has judged packets and counted the verdicts."""
+        return [*self.queues.workers, *self.interception.workers]
 
     async def in_kernel_thread(self, call: Callable[[], _T]) -> _T:
         """The result of a blocking call, made in turn with all others that touch the kernel's rules."""
@@ -128,8 +136,9 @@ class Enforcement:
             elif self.started:
                 # Nobody needs it any more. It does no harm where the kernel refuses.
                 with suppress(KernelError):
-                    await self.in_kernel_thread(self.steering.end_watch)
+                    await self.in_kernel_thread(self.steering.end_guests)
         finally:
+            self.interception.close()
             await self.in_kernel_thread(self.watching.stop_queue)
             await self.in_kernel_thread(self.queues.stop)
             self._kernel_thread.shutdown()
@@ -222,6 +231,25 @@ class Enforcement:
         self.watching.remove(choice)
         self._look.set()
 
+    async def intercept(self, choice: Choice, hook: Hook) -> None:
+        """Ask `hook` about the packets of the pods that `choice` chooses, until `end_interception`.
+
+        KernelError when that cannot be had, InputError when somebody intercepts already; nothing has
+        changed then.
+        """
+        self.interception.begin(choice, hook)
+        try:
+            if not await self.settle():
+                raise KernelError(f"the agent cannot change its rules now: {self.refused}")
+        except BaseException:
+            self.end_interception(hook)
+            raise
+
+    def end_interception(self, hook: Hook) -> None:
+        """End what `intercept` began: at once for `hook`; returns before its rules are gone."""
+        self.interception.end(hook)
+        self._look.set()
+
     async def _change(self, until: float) -> bool:
         """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
         waits = [
@@ -281,7 +309,7 @@ class Enforcement:
     def _plan(self) -> Plan:
         state = self.interfaces.state
         plan = self._planner.plan(self.config, self.amend(self.snapshot, state), state)
-        return replace(plan, watched=self.watching.addresses(plan))
+        return replace(plan, watched=self.watching.addresses(plan), hooked=self.interception.addresses(plan))
 
     def _publish(self, plan: Plan) -> RuleTable:
         self._tables += 1
@@ -307,14 +335,19 @@ class Enforcement:
         try:
             if (
                 old is not None
-                and replace(plan, watched=old.watched) == old
+                and replace(plan, watched=old.watched, hooked=old.hooked) == old
                 and not news
                 and not self.refused
             ):
-                # Who looks at which packets concerns no verdict: the table and all flows stay as they are.
+                # Who looks at which packets changes no rule of any pod: the table and all flows stay as
+                # they are.
                 await self.in_kernel_thread(lambda: self._steer(plan))
                 self.in_force = plan
-                self.log.info("pods of which every packet is looked at", addresses=len(plan.watched))
+                self._steered(plan)
+                if plan.watched != old.watched:
+                    self.log.info("pods of which every packet is looked at", addresses=len(plan.watched))
+                if plan.hooked != old.hooked:
+                    self.log.info("pods whose packets a hook is asked about", addresses=len(plan.hooked))
                 return
             table = self._publish(plan)
             seen, cut = await self.in_kernel_thread(lambda: self._apply_to_kernel(plan, table))
@@ -323,6 +356,7 @@ class Enforcement:
                 self.log.error("change not in force, will be tried again", error=str(error))
             self.refused = str(error)
             return
+        self._steered(plan)
         self.in_force, self.refused, self.generation = plan, None, table.generation
         self.when_in_force()
         self.log.info(
@@ -366,9 +400,13 @@ class Enforcement:
             if not queue.running:
                 with suppress(KernelError):  # what it would be shown passes
                     queue.start()
-        self.steering.apply(plan.steered, plan.services, plan.not_pods, plan.watched)
+        self.steering.apply(plan.steered, plan.services, plan.not_pods, plan.watched, plan.hooked)
         if not plan.watched:
             self.watching.stop_queue()
+
+    def _steered(self, plan: Plan) -> None:
+        if not plan.hooked:
+            self.interception.release()
 
     async def _verify(self) -> None:
         """Put back what others changed of our rules, and notice queue threads that have ended."""

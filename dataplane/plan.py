@@ -40,7 +40,7 @@ class Plan:
     `isolated` of them isolated. `placements`: those whose interface is there; `waiting`: isolated pods
     whose interface is not (yet). `services`: local service addresses. `not_pods`: links that only look
     like a pod's. `audited`: pods with a direction that is isolated, and in audit. `watched`: addresses
-    of which every packet is looked at, judged or not.
+    of which every packet is looked at, judged or not; `hooked`: addresses whose packets a user's hook gets.
     """
 
     entries: tuple[PodEntry, ...]
@@ -56,6 +56,7 @@ class Plan:
     problems: tuple[str, ...]
     audited: int = 0
     watched: frozenset[bytes] = frozenset()
+    hooked: frozenset[bytes] = frozenset()
 
 
 def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:

@@ -176,7 +176,7 @@ class Telemetry:
                 packets[str(direction), verdict, reason.text] = 0
         sizes = packets.copy()
         hits = misses = 0
-        for worker in self.enforcement.queues.workers:
+        for worker in self.enforcement.workers:
             for (allow, side, reason), (count, size) in worker.counters().items():
                 labels = (side, "allow" if allow else "deny", reason.text)
                 packets[labels] += count

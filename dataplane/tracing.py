@@ -20,6 +20,7 @@ from dataplane.observe.control import Query, Stream
 from dataplane.observe.events import describe_event
 from dataplane.observe.live import CAPTURE, REST, Lost, Reader
 from dataplane.observe.selection import Selection
+from dataplane.plan import Plan
 from dataplane.pod_names import NamesByAddress
 from dataplane.verdict import Event
 
@@ -33,6 +34,17 @@ def _capture(query: Query, default: str) -> int:
     if capture not in CAPTURE:
         raise InputError(f"capture={capture}: one of {', '.join(CAPTURE)}")
     return CAPTURE[capture]
+
+
+def pods_meant(plan: Plan | None, selection: Selection) -> list[str]:
+    """The pods of this node whose packets must be looked at for a selection. InputError: there is none."""
+    if plan is None:
+        raise InputError("the agent has no rules yet: it is still starting")
+    pods = selection.pods(plan.placements)
+    if not pods:
+        known = ", ".join(map(str, sorted(plan.placements))) or "none"
+        raise InputError(f"FILTER: no pod of this node is meant; known here: {known}")
+    return [str(key) for key in sorted(pods)]
 
 
 class Tracing:
@@ -66,7 +78,7 @@ class Tracing:
         data, every_packet = query.get("data") == "yes", query.get("every-packet") == "yes"
         wanted = selection.wanted(self._names, packets)
         live = self._enforcement.live
-        pods = self._pods(selection) if every_packet else None
+        pods = pods_meant(self._enforcement.in_force, selection) if every_packet else None
         local = self._enforcement.config.pod_names is PodNames.LOCAL
         first = selection.first_filter(packets, pods=local)
         level = min(selection.capture, most)
@@ -88,16 +100,6 @@ class Tracing:
             finally:
                 if every_packet:
                     self._enforcement.unwatch(selection.pods)
-
-    def _pods(self, selection: Selection) -> list[str]:
-        plan = self._enforcement.in_force
-        if plan is None:
-            raise InputError("the agent has no rules yet: it is still starting")
-        pods = selection.pods(plan.placements)
-        if not pods:
-            known = ", ".join(map(str, sorted(plan.placements))) or "none"
-            raise InputError(f"FILTER: no pod of this node is meant; known here: {known}")
-        return [str(key) for key in sorted(pods)]
 
     async def _records(self, reader: Reader, *, data: bool = False) -> Records:
         told = Lost(0, 0)

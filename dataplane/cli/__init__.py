@@ -26,6 +26,7 @@ COMMANDS = {
     "rules": "rules",
     "flows": "flows",
     "trace": "trace",
+    "intercept": "intercept",
     "top": "top",
     "audit-report": "audit_report",
     "doctor": "doctor",

@@ -11,6 +11,8 @@ import select
 import socket
 import struct
 import warnings
+from collections.abc import Callable
+from typing import TypedDict
 
 from netfilterqueue import COPY_PACKET, NetfilterQueue, Packet
 
@@ -19,15 +21,103 @@ from dataplane._nfqueue import holder_of
 from dataplane.config import MarkLayout
 from dataplane.errors import KernelError
 from dataplane.reasons import Reason
+from dataplane.verdict import Verdict
 
 # The engine needs headers only; as in the native loop, longer extension headers are denied.
 COPY_RANGE = 256
-SOCKET_BYTES = 2048  # skb->truesize of one queued message, at most (see _nfqueue)
+SOCKET_BYTES = 2048  # skb->truesize of one queued message of so few bytes, at most (see _nfqueue)
 BIT_EGRESS, BIT_INGRESS = 1, 2
 
 # linux/netfilter/nfnetlink_queue.h
 _CONFIG = 3 << 8 | 2  # NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG
 _CFG_MASK, _CFG_FLAGS, _F_FAIL_OPEN = 4, 5, 1
+
+
+class Path(TypedDict):
+    """How a packet came, as `Worker.judge` wants it."""
+
+    indev: int
+    outdev: int
+    hook: int
+    reply: bool
+    wire: int
+
+
+def take_queue(
+    number: int, callback: Callable[[Packet], None], *, maxlen: int, copied: int, fail_open: bool
+) -> NetfilterQueue:
+    """Bind a queue of this network namespace; `callback` gets the first `copied` bytes of its packets.
+
+    KernelError says who holds it or what is missing.
+    """
+    holder = holder_of(number)
+    if holder is not None:
+        raise KernelError(
+            f"queue {number} is held by another process (netlink port {holder}, usually its "
+            "process id): stop it, or choose other queue numbers with --queue-base"
+        )
+    try:
+        queue = NetfilterQueue()
+        with warnings.catch_warnings():
+            # "rcvbuf limit is now …": it is always twice what was asked for, or rmem_max.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            queue.bind(
+                number,
+                callback,
+                max_len=maxlen,
+                mode=COPY_PACKET,
+                range=copied,
+                sock_len=maxlen * (SOCKET_BYTES // 2 + copied - COPY_RANGE),
+            )
+    except OSError as error:
+        raise KernelError(
+            f"queue {number} cannot be bound: {error}; it needs root (CAP_NET_ADMIN) in this "
+            "network namespace and CONFIG_NETFILTER_NETLINK_QUEUE"
+        ) from None
+    if fail_open:
+        _set_fail_open(number, queue.get_fd())
+    return queue
+
+
+def _set_fail_open(number: int, fd: int) -> None:
+    """The package has no call for flags; its own socket may set them."""
+    attributes = struct.pack("=HHI", 8, _CFG_MASK, socket.htonl(_F_FAIL_OPEN))
+    attributes += struct.pack("=HHI", 8, _CFG_FLAGS, socket.htonl(_F_FAIL_OPEN))
+    body = struct.pack("=BBH", 0, 0, socket.htons(number)) + attributes
+    message = struct.pack("=IHHII", 16 + len(body), _CONFIG, 1, 0, 0) + body
+    with socket.socket(fileno=os.dup(fd)) as link:
+        link.sendto(message, (0, 0))
+
+
+def payload_of(packet: Packet) -> bytes:
+    """What was copied of a packet, nothing included."""
+    return packet.get_payload() if packet.get_payload_len() else b""
+
+
+def path_of(packet: Packet, payload: bytes, marks: MarkLayout, copied: int) -> Path:
+    """How a packet came whose `payload` was copied up to `copied` bytes."""
+    return {
+        "indev": packet.physindev or packet.indev,
+        "outdev": packet.physoutdev or packet.outdev,
+        "hook": packet.hook,
+        "reply": bool(packet.mark & marks.reply),
+        "wire": wire_length(payload, copied),
+    }
+
+
+def kernel_answer(
+    verdict: Verdict, own: int, marks: MarkLayout, *, offload: bool, reject: bool
+) -> tuple[bool, int]:
+    """Whether the kernel is to accept a packet of the mark `own`, and the mark that it then has."""
+    if reject and not verdict.allow and verdict.reason is Reason.NO_RULE:
+        return True, own | marks.mask  # the rules behind the queue answer and drop it
+    mark = own & ~marks.mask
+    if verdict.allow and offload:
+        if verdict.bits & BIT_EGRESS:
+            mark |= marks.egress
+        if verdict.bits & BIT_INGRESS:
+            mark |= marks.ingress
+    return verdict.allow, mark
 
 
 class PlainQueue:
@@ -57,43 +147,10 @@ class PlainQueue:
     def bind(self) -> None:
         """Take the queue. KernelError says who holds it or what is missing."""
         self._stopping = False
-        holder = holder_of(self.number)
-        if holder is not None:
-            raise KernelError(
-                f"queue {self.number} is held by another process (netlink port {holder}, usually its "
-                "process id): stop it, or choose other queue numbers with --queue-base"
-            )
-        try:
-            queue = NetfilterQueue()
-            with warnings.catch_warnings():
-                # "rcvbuf limit is now …": it is always twice what was asked for, or rmem_max.
-                warnings.simplefilter("ignore", RuntimeWarning)
-                queue.bind(
-                    self.number,
-                    self._judge,
-                    max_len=self.maxlen,
-                    mode=COPY_PACKET,
-                    range=COPY_RANGE,
-                    sock_len=self.maxlen * SOCKET_BYTES // 2,
-                )
-        except OSError as error:
-            raise KernelError(
-                f"queue {self.number} cannot be bound: {error}; it needs root (CAP_NET_ADMIN) in this "
-                "network namespace and CONFIG_NETFILTER_NETLINK_QUEUE"
-            ) from None
-        self._queue = queue
+        self._queue = take_queue(
+            self.number, self._judge, maxlen=self.maxlen, copied=COPY_RANGE, fail_open=self.fail_open
+        )
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        if self.fail_open:
-            self._set_fail_open(queue.get_fd())
-
-    def _set_fail_open(self, fd: int) -> None:
-        """The package has no call for flags; its own socket may set them."""
-        attributes = struct.pack("=HHI", 8, _CFG_MASK, socket.htonl(_F_FAIL_OPEN))
-        attributes += struct.pack("=HHI", 8, _CFG_FLAGS, socket.htonl(_F_FAIL_OPEN))
-        body = struct.pack("=BBH", 0, 0, socket.htons(self.number)) + attributes
-        message = struct.pack("=IHHII", 16 + len(body), _CONFIG, 1, 0, 0) + body
-        with socket.socket(fileno=os.dup(fd)) as link:
-            link.sendto(message, (0, 0))
 
     def run(self) -> None:
         """Judge packets until `stop`. KernelError when the socket fails."""
@@ -146,36 +203,21 @@ class PlainQueue:
             packet.drop()
 
     def _verdict(self, packet: Packet) -> tuple[bool, int]:
-        marks = self._marks
-        own = packet.mark
-        payload = packet.get_payload() if packet.get_payload_len() else b""
-        verdict = self.worker.judge(
-            payload,
-            indev=packet.physindev or packet.indev,
-            outdev=packet.physoutdev or packet.outdev,
-            hook=packet.hook,
-            reply=bool(own & marks.reply),
-            wire=wire_length(payload),
+        payload = payload_of(packet)
+        verdict = self.worker.judge(payload, **path_of(packet, payload, self._marks, COPY_RANGE))
+        return kernel_answer(
+            verdict, packet.mark, self._marks, offload=self._offload, reject=self.worker.reject
         )
-        if not verdict.allow and verdict.reason is Reason.NO_RULE and self.worker.reject:
-            return True, own | marks.mask  # the rules behind the queue answer and drop it
-        mark = own & ~marks.mask
-        if verdict.allow and self._offload:
-            if verdict.bits & BIT_EGRESS:
-                mark |= marks.egress
-            if verdict.bits & BIT_INGRESS:
-                mark |= marks.ingress
-        return verdict.allow, mark
 
 
-def wire_length(payload: bytes) -> int:
+def wire_length(payload: bytes, copied: int = COPY_RANGE) -> int:
     """The length of the whole packet. The package hides NFQA_CAP_LEN, so the IP header tells.
 
     The kernel has trimmed the packet to that length before any hook sees it (ip_rcv_core,
     ip6_rcv_core); a jumbogram's length field is 0, which leaves what was copied.
     """
     length = len(payload)
-    if length < COPY_RANGE:
+    if length < copied:
         return length
     if payload[0] >> 4 == 4:
         return max(length, int.from_bytes(payload[2:4]))

@@ -102,7 +102,7 @@ class QueueSet:
         bound: list[Queue] = []
         try:
             # Opened now, so that later reads are of this network namespace from any thread.
-            self._proc = _open_proc()
+            self._proc = open_proc()
             for queue in self._queues:
                 queue.bind()
                 bound.append(queue)
@@ -228,7 +228,8 @@ def _queue(
     return PlainQueue(worker, number, marks=marks, offload=offload, fail_open=fail_open, maxlen=maxlen)
 
 
-def _open_proc() -> int:
+def open_proc() -> int:
+    """The proc file of this network namespace that `read_stats` reads. KernelError without queues."""
     try:
         return os.open("/proc/thread-self/net/netfilter/nfnetlink_queue", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

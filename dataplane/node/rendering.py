@@ -14,6 +14,9 @@ Packets that need no verdict can be shown to a queue all the same, for people wh
 PODGATE-WATCH comes after everything above, so that nothing there depends on it, and what it queues
 passes when nobody listens. Its rules are there only while somebody looks.
 
+All packets of some pods can be given to a user's hook: PODGATE-HOOK comes first in mangle, so that flows
+in the kernel and denials are among them. Its queue judges by the same rules, so it is as closed as ours.
+
 Which ends are steered is told by bits of the interface's device group (routed pods) or by sets and
 physdev rules (pods on a bridge), never by a source address a pod could choose.
 
@@ -65,6 +68,7 @@ class Options:
     not_pods: tuple[str, ...] = ()
     audit: bool = False
     watch: int | None = None  # the queue that is shown what no rule queues of watched pods
+    hook: int | None = None  # the queue that gets all packets of hooked pods
     reject: bool = False
 
 
@@ -95,7 +99,7 @@ def jump(chain: str) -> str:
 def set_name(kind: str, family: int) -> str:
     """`spoof`: (pod address, link); `service`: local service addresses; `egress`, `ingress`, `bound`:
     addresses of pods on bridges that are isolated, or whose source is checked; `watched`: addresses of
-    pods of which every packet is looked at."""
+    pods of which every packet is looked at; `hooked`: of pods whose packets go to a user's hook."""
     return f"{SET_PREFIX}{kind}-{family}"
 
 
@@ -285,6 +289,8 @@ def _mangle(options: Options, ports: Sequence[Port], family: int) -> TableRules:
     chains |= {"PODGATE-FORWARD": tuple(forward), "PODGATE-INPUT": tuple(entry)}
     if options.watch is not None:
         chains |= _watch(options, chains, service, family)
+    if options.hook is not None:
+        chains |= _hook(options, chains, (clean, *expected), service, family)
     return TableRules(
         chains,
         {"FORWARD": "PODGATE-FORWARD", "INPUT": "PODGATE-INPUT", "POSTROUTING": "PODGATE-POSTROUTING"},
@@ -305,6 +311,38 @@ def _watch(options: Options, chains: dict[str, Rules], service: str, family: int
         "PODGATE-WATCHED": (
             f"-m conntrack --ctdir REPLY -j MARK --set-xmark {_hex(reply, reply)}",
             f"-j NFQUEUE --queue-num {options.watch} --queue-bypass",
+        ),
+    }
+
+
+def _hook(
+    options: Options, chains: dict[str, Rules], before: Rules, service: str, family: int
+) -> dict[str, Rules]:
+    """Before anything is steered, all packets of hooked pods go to the hook's queue.
+
+    What the chains drop by themselves stays theirs. `before`: the rules that every packet to be judged
+    must have met.
+    """
+    reply, hooked = options.marks.reply, set_name("hooked", family)
+    source, destination = (f"-m set --match-set {hooked} {side} -j PODGATE-HOOKED" for side in ("src", "dst"))
+    unknown = [
+        f"{flag} {name}+ -j PODGATE-UNKNOWN-{way}"
+        for way, flag in (("IN", "-i"), ("OUT", "-o"))
+        for name in _pod_names(options)
+        if options.strict
+    ]
+    bypass = " --queue-bypass" if options.fail_open else ""
+    return {
+        "PODGATE-FORWARD": ("-j PODGATE-HOOK", *chains["PODGATE-FORWARD"]),
+        "PODGATE-INPUT": ("-j PODGATE-HOOK-INPUT", *chains["PODGATE-INPUT"]),
+        "PODGATE-HOOK": (source, destination),
+        "PODGATE-HOOK-INPUT": (service, source),
+        "PODGATE-HOOKED": (
+            "-m conntrack --ctstate INVALID -j RETURN",
+            *unknown,
+            *before,
+            f"-m conntrack --ctdir REPLY -j MARK --set-xmark {_hex(reply, reply)}",
+            f"-j NFQUEUE --queue-num {options.hook}{bypass}",
         ),
     }
 

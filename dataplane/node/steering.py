@@ -50,6 +50,7 @@ SET_KINDS = {
     "ingress": "hash:ip",
     "bound": "hash:ip",
     "watched": "hash:ip",
+    "hooked": "hash:ip",
 }
 # What iptables and ipset take as a name as it stands: no wildcard, no separator, no blank.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
@@ -102,6 +103,7 @@ def set_members(
     services: Iterable[Prefix],
     families: Iterable[int],
     watched: Iterable[bytes] = (),
+    hooked: Iterable[bytes] = (),
 ) -> dict[str, set[str]]:
     """Members of every set, as ipset prints them; sets in the order in which they are to be filled."""
     families = tuple(families)
@@ -129,8 +131,9 @@ def set_members(
     for service in services:
         full = service.length == len(service.network) * 8
         put("service", service.family, format_address(service.network) if full else str(service))
-    for address in watched:
-        put("watched", family_of(address), format_address(address))
+    for kind, addresses in (("watched", watched), ("hooked", hooked)):
+        for address in addresses:
+            put(kind, family_of(address), format_address(address))
     return members
 
 
@@ -197,6 +200,11 @@ def adopted_ports(saved: Iterable[Mapping[str, SavedTable]]) -> tuple[Port, ...]
 def watch_queue(config: AgentConfig) -> int:
     """The queue that is shown packets which need no verdict: the one after those that judge."""
     return config.queue_base + config.queues
+
+
+def hook_queue(config: AgentConfig) -> int:
+    """The queue of a user's hook: the one after the watch queue."""
+    return watch_queue(config) + 1
 
 
 class Steering:
@@ -296,18 +304,20 @@ class Steering:
         services: Iterable[Prefix] = (),
         not_pods: Iterable[str] = (),
         watched: Collection[bytes] = (),
+        hooked: Collection[bytes] = (),
     ) -> None:
         """Steer these pods and no others. `services`: local service addresses; `not_pods`: names of links
         that only look like a pod's (strict mode, `interfaces.lookalikes`); `watched`: addresses whose
-        packets are shown to the watch queue (`watch_queue`) where no verdict is needed."""
+        packets are shown to the watch queue (`watch_queue`) where no verdict is needed; `hooked`: addresses
+        whose packets all go to the hook's queue (`hook_queue`)."""
         for pod in pods:
             if not _SAFE_NAME.fullmatch(pod.placement.name):
                 raise KernelError(
                     f"pod {pod.key}: iptables cannot match the name of its interface, {pod.placement.name!r}"
                 )
-        wanted = set_members(pods, services, self.families, watched)
+        wanted = set_members(pods, services, self.families, watched, hooked)
         ports = bridge_ports(pods)
-        options = self._options_for(not_pods, watch=bool(watched))
+        options = self._options_for(not_pods, watch=bool(watched), hook=bool(hooked))
         adds, removals = ipset.change(wanted, self._present_sets())
         ipset.restore(adds)
         if self._unwritten or ports != self._ports or options != self._options:
@@ -332,11 +342,11 @@ class Steering:
         except KernelError as error:  # all other traffic is judged all the same
             self._untagged, self.unguarded = None, str(error)
 
-    def end_watch(self) -> None:
-        """Show nobody's packets to the watch queue any more; all else stays as it is."""
-        if self._options.watch is None:
+    def end_guests(self) -> None:
+        """No packet goes to the watch queue or the hook's any more; all else stays as it is."""
+        if self._options.watch is None and self._options.hook is None:
             return
-        self._options = replace(self._options, watch=None)
+        self._options = replace(self._options, watch=None, hook=None)
         self._write_rules({family: tool.read() for family, tool in self._tools.items()})
 
     def keep_groups(self) -> list[str]:
@@ -395,12 +405,13 @@ class Steering:
         self._sets, self._ports, self._groups, self._untagged = None, (), None, None
         return remove_everything()
 
-    def _options_for(self, not_pods: Iterable[str], *, watch: bool = False) -> Options:
+    def _options_for(self, not_pods: Iterable[str], *, watch: bool = False, hook: bool = False) -> Options:
         names = tuple(sorted(name for name in not_pods if _SAFE_NAME.fullmatch(name)))
         return replace(
             self._options,
             not_pods=names if self._options.strict else (),
             watch=watch_queue(self.config) if watch else None,
+            hook=hook_queue(self.config) if hook else None,
         )
 
     def _rules(self, family: int) -> dict[str, TableRules]:

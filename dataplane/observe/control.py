@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ Answer = Callable[[Query], Awaitable[Any]]
 # In batches, the first of which (it may be empty) says that the stream has begun.
 Stream = Callable[[Query], AsyncGenerator[Sequence[Any], None]]
 
+LONGEST_MESSAGE = 1 << 17  # bytes that a client of a dialogue may say at once
+
 # A reader of a stream never finishes by itself, and must not keep the agent from ending.
 SHUTDOWN_SECONDS = 0.5
 HAND_OVER = "hand-over"
@@ -35,6 +37,30 @@ HAND_OVER_SECONDS = 30.0  # a change that is being put in force ends first
 _SILENT = logging.getLogger("dataplane.control")
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
+
+
+class Channel:
+    """A conversation with one client, a WebSocket: JSON values go there, texts come back."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self.socket = web.WebSocketResponse(max_msg_size=LONGEST_MESSAGE, compress=False)
+
+    async def open(self) -> None:
+        """Begin. Until then the client can be refused."""
+        await self.socket.prepare(self._request)
+
+    async def send(self, value: Any) -> None:
+        """Say something; waits while the client does not read. ConnectionError when it has gone."""
+        await self.socket.send_str(json.dumps(value))
+
+    async def texts(self) -> AsyncIterator[str]:
+        """What the client says, until it goes. What is no text is empty."""
+        async for message in self.socket:
+            yield message.data if message.type is aiohttp.WSMsgType.TEXT else ""
+
+
+Dialogue = Callable[[Query, Channel], Awaitable[None]]
 
 
 def someone_listens(path: Path) -> bool:
@@ -69,8 +95,12 @@ async def ask_to_hand_over(path: Path) -> bool:
     raise InputError(f"--control {path}: another agent is running here and does not hand over: {said}")
 
 
+def _refused(error: PodgateError) -> dict[str, Any]:
+    return {"error": str(error), "exit_code": error.exit_code}
+
+
 def _refusal(error: PodgateError) -> web.Response:
-    return web.json_response({"error": str(error), "exit_code": error.exit_code}, status=400)
+    return web.json_response(_refused(error), status=400)
 
 
 class ControlServer:
@@ -82,6 +112,7 @@ class ControlServer:
         answers: Mapping[str, Answer],
         streams: Mapping[str, Stream],
         hand_over: Answer | None = None,
+        dialogues: Mapping[str, Dialogue] | None = None,
     ) -> None:
         """`hand_over` is called by POST, all others by GET."""
         self._path = path
@@ -92,6 +123,8 @@ class ControlServer:
             self._app.router.add_get(f"/{name}", self._answer(answer))
         for name, stream in streams.items():
             self._app.router.add_get(f"/{name}", self._stream(stream))
+        for name, dialogue in (dialogues or {}).items():
+            self._app.router.add_get(f"/{name}", self._dialogue(dialogue))
         if hand_over is not None:
             self._app.router.add_post(f"/{HAND_OVER}", self._answer(hand_over))
 
@@ -123,6 +156,25 @@ class ControlServer:
                             await response.write(b"".join(lines))
                         batch = await anext(batches)
                 return response
+
+        return handle
+
+    @staticmethod
+    def _dialogue(dialogue: Dialogue) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            channel = Channel(request)
+            if not channel.socket.can_prepare(request):
+                return _refusal(InputError(f"{request.path} is a WebSocket"))
+            with suppress(ConnectionError):  # the client going away is how it ends
+                try:
+                    await dialogue(request.query, channel)
+                except PodgateError as error:
+                    # A client of WebSockets does not see the body of a refusal.
+                    if not channel.socket.prepared:
+                        await channel.open()
+                    await channel.send(_refused(error))
+            await channel.socket.close()
+            return channel.socket
 
         return handle
 

@@ -37,10 +37,7 @@ def layers(packet: bytes) -> list[str]:
             text = load[:SHOWN].hex(" ") + (" …" if len(load) > SHOWN else "")
             lines.append(f"{len(load)} bytes  {text}")
             break
-        fields = [
-            f"{field.name}={field.i2repr(layer, layer.getfieldval(field.name))}"
-            for field in layer.fields_desc
-        ]
+        fields = [_field(layer, field) for field in layer.fields_desc]
         lines.append(f"{layer.name}  {' '.join(fields)}")
         layer = layer.payload
     return lines

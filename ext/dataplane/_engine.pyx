@@ -24,9 +24,9 @@ from libc.string cimport memcpy, memset
 
 from dataplane._packet cimport (PKT_FIRST_FRAGMENT, PKT_ICMP_ERROR, PKT_ND, addr_t, decode, flow_to_python,
                                 flow_t, packet_t, unpack_address)
-from dataplane._reasons cimport (R_AUDIT, R_COUNT, R_NEIGHBOUR_DISCOVERY, R_NO_RULE, R_NO_TABLE, R_NONE,
-                                 R_NOT_A_POD, R_NOT_ISOLATED, R_OWN_NODE, R_POLICY_RULE, R_RELATED, R_REPLY,
-                                 R_SAME_POD, R_SPOOFED, reason_t)
+from dataplane._reasons cimport (R_AUDIT, R_COUNT, R_HOOK, R_NEIGHBOUR_DISCOVERY, R_NO_RULE, R_NO_TABLE,
+                                 R_NONE, R_NOT_A_POD, R_NOT_ISOLATED, R_OWN_NODE, R_POLICY_RULE, R_RELATED,
+                                 R_REPLY, R_SAME_POD, R_SPOOFED, reason_t)
 from dataplane._rules cimport (MAX_LANES, POD_BRANCH, POD_EGRESS_AUDIT, POD_EGRESS_ISOLATED,
                                POD_INGRESS_AUDIT, POD_INGRESS_ISOLATED, POD_SPOOF_CHECK, POD_UNKNOWN,
                                SIDE_EGRESS, SIDE_INGRESS, TALLY_ALLOWED, TALLY_NO_RULE, TALLY_NO_TABLE,
@@ -425,18 +425,10 @@ cdef void count_ends(worker_t *worker, const verdict_t *out) noexcept nogil:
         count_end(worker, out.ingress_pod, SIDE_INGRESS, out.ingress_reason, out.ingress_rule)
 
 
-cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, size_t wire,
-                       const path_t *path, verdict_t *out) noexcept nogil:
-    cdef packet_t packet
+# Counts a verdict, and records it where somebody asks for that.
+cdef inline void account(worker_t *worker, const packet_t *packet, const uint8_t *data, size_t captured,
+                         size_t wire, const path_t *path, const verdict_t *out) noexcept nogil:
     cdef uint32_t capture
-    judge_bytes(worker.table, worker, data, captured, wire, path, &packet, out)
-    if worker.observer:
-        out.allow = 1
-        out.bits = 0
-    elif worker.audit and not out.allow:
-        out.audited = out.reason
-        out.reason = R_AUDIT
-        out.allow = 1
     worker.packets[out.allow][out.direction][out.reason] += 1
     worker.bytes[out.allow][out.direction][out.reason] += wire
     # A flow that is allowed and known costs nothing here.
@@ -444,7 +436,26 @@ cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, s
         count_ends(worker, out)
     capture = get_u32(&worker.capture)
     if capture and is_captured(capture & CAPTURE_LEVEL, out):
-        record(worker, &packet, path, out, data, captured, capture & CAPTURE_BYTES != 0)
+        record(worker, packet, path, out, data, captured, capture & CAPTURE_BYTES != 0)
+
+
+cdef inline void let_through_in_audit(const worker_t *worker, verdict_t *out) noexcept nogil:
+    if worker.audit and not out.allow:
+        out.audited = out.reason
+        out.reason = R_AUDIT
+        out.allow = 1
+
+
+cdef void worker_judge(worker_t *worker, const uint8_t *data, size_t captured, size_t wire,
+                       const path_t *path, verdict_t *out) noexcept nogil:
+    cdef packet_t packet
+    judge_bytes(worker.table, worker, data, captured, wire, path, &packet, out)
+    if worker.observer:
+        out.allow = 1
+        out.bits = 0
+    else:
+        let_through_in_audit(worker, out)
+    account(worker, &packet, data, captured, wire, path, out)
 
 
 cdef bint is_answered(worker_t *worker, const verdict_t *verdict) noexcept nogil:
@@ -692,6 +703,46 @@ cdef class Worker:
         worker_leave(&self.c)
         return verdict_to_python(&verdict, pods)
 
+    def propose(self, bytes packet not None, *, indev=0, outdev=0, hook=2, reply=False, wire=None):
+        """What `judge` would answer, as an `Event` with the whole packet: nothing is counted or recorded."""
+        cdef path_t path
+        cdef event_t event
+        cdef const uint8_t *data = packet
+        cdef size_t length = wire_length(packet, wire)
+        read_path(&path, indev, outdev, hook, reply)
+        worker_enter(&self.c)
+        judge_bytes(self.c.table, NULL, data, <size_t>len(packet), length, &path, &event.packet,
+                    &event.verdict)
+        let_through_in_audit(&self.c, &event.verdict)
+        return finished(self, &event, &path, packet)
+
+    def override(self, bytes packet not None, allow, *, indev=0, outdev=0, hook=2, reply=False, wire=None):
+        """A user's hook has decided: its verdict as an `Event`, counted and recorded with the reason `hook`.
+
+        Of each end it says what the rules do; no pod and no policy is counted. In audit a packet that
+        was to be dropped passes. A packet that cannot be parsed: ValueError.
+        """
+        cdef path_t path
+        cdef event_t event
+        cdef verdict_t *out = &event.verdict
+        cdef const uint8_t *data = packet
+        cdef size_t length = wire_length(packet, wire)
+        read_path(&path, indev, outdev, hook, reply)
+        worker_enter(&self.c)
+        judge_bytes(self.c.table, NULL, data, <size_t>len(packet), length, &path, &event.packet, out)
+        if out.reason == Reason.MALFORMED or out.reason == Reason.FRAGMENT:
+            worker_leave(&self.c)
+            raise ValueError("a packet that cannot be parsed is no hook's")
+        out.allow = bool(allow)
+        out.reason = R_HOOK
+        out.direction = DIR_NONE
+        out.bits = 0
+        out.audited = R_NONE
+        let_through_in_audit(&self.c, out)
+        self.c.tally = NULL           # until worker_enter: no policy has decided
+        account(&self.c, &event.packet, data, <size_t>len(packet), length, &path, out)
+        return finished(self, &event, &path, packet)
+
     def enter(self):
         """Begin a burst: the table in force now is used until `leave`. For tests."""
         worker_enter(&self.c)
@@ -849,6 +900,15 @@ cdef uint64_t events_head(Worker worker):
 cdef bint events_took(Worker worker, uint64_t tail) except False:
     set_u64(&worker.c.ring_tail, tail)
     return True
+
+
+# The event of a worker that has entered; it leaves.
+cdef object finished(Worker worker, event_t *event, const path_t *path, bytes data):
+    event.when_ns = realtime()
+    event.path = path[0]
+    event.generation = worker.c.table.generation if worker.c.table != NULL else 0
+    worker_leave(&worker.c)
+    return event_to_python(event, worker.publisher, data)
 
 
 cdef object event_to_python(const event_t *event, Publisher publisher, bytes data):

@@ -38,6 +38,9 @@ CASES: dict[str, tuple[Options, tuple[Port, ...]]] = {
     "audit-bridge": (Options(fail_open=True, audit=True), PORTS),
     "watch": (Options(queues=(4, 7), watch=8), ()),
     "bridge-watch": (Options(watch=1), PORTS),
+    "hook": (Options(queues=(4, 7), hook=9), ()),
+    "hook-strict-fail-open": (Options(hook=2, strict=True, fail_open=True), ()),
+    "bridge-hook-watch-no-offload": (Options(watch=1, hook=2, offload=False), PORTS),
     "many-ports": (
         Options(),
         tuple(

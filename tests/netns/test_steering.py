@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from packet_lab import inside, run, wait_for
@@ -144,7 +145,8 @@ def test_an_agent_after_a_crash_takes_over_what_is_there(lab: Net, variant: Ipta
         assert second.verify() == []
 
 
-def test_watching_comes_and_goes_and_is_not_taken_over(lab: Net, variant: IptablesVariant) -> None:
+@pytest.mark.parametrize("guest", ["watched", "hooked"])
+def test_guests_come_and_go_and_are_not_taken_over(guest: str, lab: Net, variant: IptablesVariant) -> None:
     lab.add_pod("a")
     pods = [lab.steered("a", egress=True)]
     with inside(lab.node):
@@ -152,21 +154,21 @@ def test_watching_comes_and_goes_and_is_not_taken_over(lab: Net, variant: Iptabl
         steer.install()
         steer.apply(pods)
         plain = save(variant)
-        watched = [parse_address(lab.address("a"))]
-        steer.apply(pods, watched=watched)
-        assert "PODGATE-WATCHED" in save(variant)
+        more: dict[str, Any] = {guest: [parse_address(lab.address("a"))]}
+        steer.apply(pods, **more)
+        assert f"PODGATE-{guest.upper()}" in save(variant)
         assert steer.verify() == []
         # An agent after a crash knows of nobody who looks on.
         assert steering(variant).install() is True
         assert save(variant) == plain
         steer = steering(variant)
         steer.install()
-        steer.apply(pods, watched=watched)
-        steer.end_watch()
+        steer.apply(pods, **more)
+        steer.end_guests()
         assert save(variant) == plain
         steer.apply(pods)
         assert steer.verify() == []
-        assert lab.address("a") not in run("ipset", "save").split("podgate-watched-4", 1)[1]
+        assert lab.address("a") not in run("ipset", "save").split(f"podgate-{guest}-4", 1)[1]
 
 
 def test_others_bits_of_a_device_group_stay(lab: Net) -> None:
@@ -196,7 +198,7 @@ def test_remove_takes_away_ours_and_nothing_else(lab: Net, variant: IptablesVari
         removed = steering(variant).remove()  # another process, which knows nothing
         assert any("mangle" in line for line in removed)
         assert f"device group bits 0x70000000 of {host}" in removed
-        assert "12 IP sets" in removed
+        assert "14 IP sets" in removed
         assert "PODGATE" not in save(NFT) + save(LEGACY)
         assert {line for line in before.splitlines() if "-A" in line} <= set(save(variant).splitlines())
         assert run("ipset", "-n", "list").split() == ["theirs"]

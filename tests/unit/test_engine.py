@@ -1049,6 +1049,67 @@ def test_an_observer_lets_everything_pass_and_counts_for_nobody(table: RuleTable
     assert Worker(publisher).judge(tcp("10.0.0.1", "192.0.2.9"), indev=A, outdev=UPLINK).bits == E
 
 
+def test_a_proposal_is_what_judge_answers_and_leaves_no_trace(table: RuleTable) -> None:
+    publisher = Publisher()
+    publisher.publish(table)
+    table.take_tally()
+    worker = Worker(publisher, ring_entries=8)
+    worker.capture = 3
+    packets = [tcp("10.0.0.1", "192.0.2.9"), tcp("10.0.0.1", "192.0.2.9", 81), tcp("10.0.0.9", "192.0.2.9")]
+    proposals = [worker.propose(packet, indev=A, outdev=UPLINK) for packet in [*packets, b"\x45"]]
+    assert (worker.counters(), worker.events(), table.take_tally()) == ({}, [], ([], []))
+    assert [one.verdict.reason for one in proposals] == [R.POLICY_RULE, R.NO_RULE, R.SPOOFED, R.MALFORMED]
+    assert [one.data for one in proposals] == [*packets, b"\x45"]
+    for packet, proposal in zip(packets, proposals, strict=False):
+        assert proposal.verdict == worker.judge(packet, indev=A, outdev=UPLINK)
+        assert proposal.generation == table.generation
+        (event,) = worker.events()
+        assert proposal.packet == event.packet
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("port", [80, 81])
+def test_what_a_hook_decides_is_counted_as_its_own(table: RuleTable, allow: bool, port: int) -> None:
+    publisher = Publisher()
+    publisher.publish(table)
+    table.take_tally()
+    worker = Worker(publisher, ring_entries=8)
+    worker.capture = 3
+    packet = tcp("10.0.0.1", "192.0.2.9", port)
+    event = worker.override(packet, allow, indev=A, outdev=UPLINK)
+    verdict = event.verdict
+    assert (verdict.allow, verdict.reason, verdict.direction, verdict.bits) == (allow, R.HOOK, None, 0)
+    assert verdict.egress.reason is (R.POLICY_RULE if port == 80 else R.NO_RULE)
+    assert worker.counters() == {(allow, "", R.HOOK): (1, len(packet))}
+    assert [one.verdict for one in worker.events()] == [verdict]
+    assert table.take_tally() == ([], [])
+    # The next packet of the flow is judged as ever.
+    assert worker.judge(packet, indev=A, outdev=UPLINK).allow is (port == 80)
+    assert table.take_tally() != ([], [])
+
+
+def test_a_hook_decides_nothing_of_what_cannot_be_parsed(table: RuleTable) -> None:
+    publisher = Publisher()
+    publisher.publish(table)
+    worker = Worker(publisher)
+    with pytest.raises(ValueError, match="cannot be parsed"):
+        worker.override(b"\x45", True, indev=A, outdev=UPLINK)
+    assert worker.counters() == {}
+    publisher.publish(None)
+    assert publisher.quiesced()  # no table is held on to
+
+
+def test_in_audit_a_hooks_drop_lets_through(table: RuleTable) -> None:
+    publisher = Publisher()
+    publisher.publish(table)
+    worker = Worker(publisher, audit=True)
+    packet = tcp("10.0.0.1", "192.0.2.9")
+    verdict = worker.override(packet, False, indev=A, outdev=UPLINK).verdict
+    assert (verdict.allow, verdict.reason, verdict.audited) == (True, R.AUDIT, R.HOOK)
+    denied = worker.propose(tcp("10.0.0.1", "192.0.2.9", 81), indev=A, outdev=UPLINK).verdict
+    assert (denied.allow, denied.reason, denied.audited) == (True, R.AUDIT, R.NO_RULE)
+
+
 def test_events_before_any_table() -> None:
     worker = Worker(Publisher(), ring_entries=4)
     worker.capture = 1

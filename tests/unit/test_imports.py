@@ -93,12 +93,14 @@ FORBIDDEN = {
     "flowlog": {"sources", "lab", "cli", "agent", "answers", "telemetry"},
     "audit": {"sources", "lab", "cli", "agent", "answers", "telemetry"},
     "watching": {"sources", "lab", "cli", "agent", "enforcement", "answers", "tracing", "cni"},
+    "interception": {"sources", "lab", "cli", "agent", "enforcement", "answers", "tracing", "cni"},
+    "intercepting": {"sources", "lab", "cli", "agent", "answers", "cni"},
     "tracing": {"sources", "lab", "cli", "agent", "answers", "cni"},
     "cni": {"sources", "lab", "cli", "agent", "answers", "controller"},
     "controller": {"node", "lab", "cli", "agent", "enforcement", "plan", "answers", "telemetry", "cni"},
 }
 # Modules that compute and must not touch the machine.
-PURE = ["policy", "plan.py", "model.py", "addresses.py", "reasons.py"]
+PURE = ["policy", "plan.py", "model.py", "addresses.py", "reasons.py", "hook.py", "hook_answers.py"]
 IO_MODULES = {
     "subprocess",
     "socket",
