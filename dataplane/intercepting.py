@@ -75,7 +75,7 @@ class Intercepting:
         await now.intercept(selection.pods, session)
         try:
             await channel.open()
-            session.say(
+            session.begin(
                 {
                     "began": datetime.now(UTC).isoformat(timespec="microseconds"),
                     "filter": str(selection),
@@ -114,11 +114,13 @@ class Session:
         self._why: str | None = None
         self._counts: Counter[str] = Counter()
         self._lost_before = interception.lost
+        self._begun = False
 
     # --- what packets come to --------------------------------------------------------------------------
 
     def wants(self, proposal: Event) -> bool:
-        return self._wanted is None or self._wanted(proposal)
+        # Packets come as soon as one rule is there: before all are, and before the client listens.
+        return self._begun and (self._wanted is None or self._wanted(proposal))
 
     def ask(self, number: int, proposal: Event) -> None:
         self._counts["asked"] += 1
@@ -137,6 +139,11 @@ class Session:
         self._over.set()
 
     # --- the client ------------------------------------------------------------------------------------
+
+    def begin(self, header: Record) -> None:
+        """The client listens: packets are asked about from now on."""
+        self.say(header)
+        self._begun = True
 
     def say(self, message: Record) -> None:
         """Send something when its turn comes."""

@@ -1,133 +1,19 @@
-"""`podgate intercept` with real packets: what hooks may do, and that no packet waits for one that fails."""
+"""`podgate intercept` with real packets: what hooks may do to them, and what must not change."""
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import threading
-from typing import Any, Self
+import socket
 
 import pytest
-from conftest import PODGATE, AgentFactory, LabFactory, RunningAgent, import_path
-from objects import Object, allow, policy, select, until
-from traffic import arrives, passes, received, udp
+from conftest import AgentFactory, LabFactory
+from interceptor import PATIENT, SERVED, Intercept, all_rules, hook_rules, members, web
+from objects import policy, select, until
+from packets import Stream
+from traffic import arrives, passes, received, sending, udp
 
 from dataplane.lab.topology import Topology, Wire
-from dataplane.lab.world import Lab
 
 pytestmark = pytest.mark.netns
-
-SERVED = 8001
-PATIENT = ["--timeout", "10"]  # where the test is not about time: a busy machine must not decide it
-IMPORTS = "from dataplane.hook import ALLOW, DROP, delay\n"
-
-
-class Intercept:
-    """`podgate intercept -v -o json` in the node; a context manager that begins when the agent says so."""
-
-    def __init__(self, running: RunningAgent, code: str, *argv: str) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.lines: list[str] = []
-        file = running.directory.parent / "hook.py"
-        file.write_text(IMPORTS + code)
-        self.process = running.lab.popen(
-            "node",
-            "env",
-            f"PYTHONPATH={import_path()}",
-            *PODGATE,
-            "intercept",
-            *("--hook", str(file), "-v", "-o", "json", "--control", str(running.control)),
-            *argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._threads = [threading.Thread(target=self._rows), threading.Thread(target=self._said)]
-        for thread in self._threads:
-            thread.start()
-        until(lambda: self.lines or self.process.poll() is not None, timeout=30, what="it begins")
-
-    def _rows(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.endswith("\n"):  # else cut off by a signal
-                self.rows.append(json.loads(line))
-
-    def _said(self) -> None:
-        assert self.process.stderr is not None
-        self.lines += (line.rstrip("\n") for line in self.process.stderr)
-
-    @property
-    def said(self) -> str:
-        return "\n".join(self.lines)
-
-    def __enter__(self) -> Self:
-        assert self.lines[0].startswith("Packets of "), self.said
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self, number: int = signal.SIGINT) -> int:
-        """End it by a signal; its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.send_signal(number)
-        return self.ended()
-
-    def ended(self) -> int:
-        """Its exit status once it has ended."""
-        status = self.process.wait(20)
-        for thread in self._threads:
-            thread.join(20)
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
-        return status
-
-    def of(self, **fields: Any) -> list[dict[str, Any]]:
-        return [row for row in list(self.rows) if all(row.get(name) == one for name, one in fields.items())]
-
-    def wait(self, count: int = 1, **fields: Any) -> list[dict[str, Any]]:
-        """The rows with these fields, once there are so many."""
-        until(
-            lambda: len(self.of(**fields)) >= count,
-            timeout=20,
-            what=f"{count} with {fields}: {self.rows[-5:]} {self.said}",
-        )
-        return self.of(**fields)
-
-    @property
-    def summary(self) -> dict[str, int]:
-        """What it counted, once it has ended."""
-        summary: dict[str, int] = self.rows[-1]["summary"]
-        return summary
-
-
-def hook_rules(lab: Lab) -> str:
-    """What of the rules in the node concerns hooks."""
-    saved = "".join(
-        lab.run("node", f"{tool}-save", "-t", "mangle").stdout for tool in ("iptables", "ip6tables")
-    )
-    return "\n".join(line for line in saved.splitlines() if "HOOK" in line)
-
-
-def all_rules(lab: Lab) -> list[str]:
-    """Every rule of ours in the node."""
-    saved = "".join(lab.run("node", f"{tool}-save").stdout for tool in ("iptables", "ip6tables"))
-    return [line for line in saved.splitlines() if line.startswith("-A")]
-
-
-def members(lab: Lab, family: int) -> list[str]:
-    listed = lab.run("node", "ipset", "list", f"podgate-hooked-{family}").stdout
-    return listed.split("Members:")[1].split()
-
-
-def web(lab: Lab) -> Object:
-    """x/b may open SERVED of x/a over TCP and UDP; nobody else anything."""
-    ports = [f"{SERVED}/TCP", f"{SERVED}/UDP"]
-    return policy("x", "web", select(lab, "x/a"), ingress=allow(lab, "x/b", ports=ports))
 
 
 @pytest.mark.parametrize("wire", [Wire.ROUTED, Wire.BRIDGE])
@@ -173,3 +59,162 @@ def on_packet(packet, seen):
     # Its rules are gone at once; what the policies say holds again.
     assert passes(friend, to, target)
     assert not arrives(stranger, to, target)
+
+
+@pytest.mark.parametrize(("wire", "family"), [(Wire.ROUTED, 4), (Wire.BRIDGE, 6)])
+def test_flows_in_the_kernel_are_seen_and_other_pods_left_alone(
+    wire: Wire, family: int, lab: LabFactory, agent: AgentFactory
+) -> None:
+    one = lab(["x/a", "x/b", "y/c", "y/d"], Topology(wire=wire))
+    running = agent(one, web(one))
+    with (
+        Stream(one, "x/b", "x/a", family=family, port=SERVED) as stream,
+        Stream(one, "y/c", "y/d", family=family, port=SERVED) as other,
+    ):
+        stream.assert_flows(20)
+        generation = running.status()["generation"]
+        with Intercept(running, "def on_packet(packet, seen): seen.count(seen.src_pod)", "pod=x/a") as hook:
+            there = hook.wait(20, src_pod="x/b", dst_pod="x/a", reply=False, hook="engine")
+            back = hook.wait(20, src_pod="x/a", dst_pod="x/b", reply=True, hook="engine")
+            other.assert_flows(20)
+            assert hook.end() == 0
+        stream.assert_flows(20)
+        until(lambda: not hook_rules(one), what="the rules are as before")
+        stream.assert_flows(20)
+        assert (stream.retransmitted, other.retransmitted) == (0, 0)
+    assert {row["policy"] for row in there} == {"x/web"}
+    assert {row["verdict"] for row in (*there, *back)} == {"allow"}
+    assert {row["src_pod"] for row in hook.rows if "src_pod" in row} == {"x/a", "x/b"}
+    counted = hook.rows[-1]["counted"]
+    assert counted["x/a"] + counted["x/b"] == hook.summary["asked"] - hook.summary.get("ended", 0)
+    # No rule of any pod has changed.
+    assert running.status()["generation"] == generation
+
+
+def test_a_delayed_packet_comes_later_and_others_do_not_wait(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one, web(one))
+    code = "def on_packet(packet, seen): return delay(2) if b'slow' in bytes(packet) else None"
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    to = (one.address("x/a"), SERVED)
+    with Intercept(running, code, *PATIENT, "pod=x/a", "udp") as hook:
+        source.sendto(b"slow", to)
+        source.sendto(b"quick", to)
+        assert received(target, 20, 2) == [b"quick", b"slow"]
+        (row,) = hook.wait(hook="delay")
+    assert (row["verdict"], row["reason"], row["policy"]) == ("allow", "policy-rule", "x/web")
+
+
+def test_a_tcp_payload_of_the_same_length_is_exchanged(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one, web(one))
+    code = """
+from scapy.packet import Raw
+
+def on_packet(packet, seen):
+    if Raw in packet and packet[Raw].load == b"GET /one":
+        packet[Raw].load = b"GET /two"
+        return packet
+"""
+    with (
+        Intercept(running, code, *PATIENT, "to=x/a", "tcp"),
+        one.make_socket("x/a", socket.AF_INET, socket.SOCK_STREAM) as listener,
+        one.make_socket("x/b", socket.AF_INET, socket.SOCK_STREAM) as client,
+    ):
+        listener.bind((one.address("x/a"), SERVED))
+        listener.listen()
+        client.settimeout(10)
+        client.connect((one.address("x/a"), SERVED))
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(10)
+            client.sendall(b"GET /one")
+            assert server.recv(100) == b"GET /two"
+            client.sendall(b"GET /six")
+            assert server.recv(100) == b"GET /six"
+            server.sendall(b"200")
+            assert client.recv(100) == b"200"
+
+
+def test_what_the_filter_leaves_out_is_not_asked_about(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b", "x/c"])
+    running = agent(one, web(one))
+    to = (one.address("x/a"), SERVED)
+    friend, stranger, target = udp(one, "x/b", 7001), udp(one, "x/c", 7001), udp(one, "x/a", SERVED)
+    code = "def on_packet(packet, seen): return DROP"
+    with Intercept(running, code, *PATIENT, "pod=x/a", "verdict=deny", "udp port 9") as hook:
+        assert passes(friend, to, target)
+        assert not arrives(stranger, to, target)
+        stranger.sendto(b"x", (to[0], 9))
+        (row,) = hook.wait(hook="drop")
+        assert (row["dst_port"], row["proposed"]["reason"]) == (9, "no-rule")
+    assert hook.summary["asked"] == 1
+
+
+def test_it_ends_by_itself_after_so_many_packets(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one, web(one))
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    to = (one.address("x/a"), SERVED)
+    with sending(source, to):
+        code = "def on_packet(packet, seen): return ALLOW"
+        hook = Intercept(running, code, *PATIENT, "-n", "3", "pod=x/a")
+        assert hook.ended() == 0
+    assert len([row for row in hook.rows if "hook" in row]) >= 3
+    until(lambda: not hook_rules(one), what="the rules are as before")
+    assert passes(source, to, target)
+
+
+def test_in_audit_a_drop_passes_and_says_so(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one, web(one), options=["--audit"])
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    with Intercept(running, "def on_packet(packet, seen): return DROP", *PATIENT, "pod=x/a") as hook:
+        assert "what the hook drops passes" in hook.lines[0]
+        assert passes(source, (one.address("x/a"), SERVED), target)
+        row = hook.wait(hook="drop")[0]
+    assert (row["verdict"], row["reason"], row["would_deny"]) == ("allow", "audit", "hook")
+
+
+def test_what_policies_deny_is_answered_with_reject(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b", "x/c"])
+    running = agent(one, web(one), options=["--reject"])
+    with (
+        Intercept(running, "def on_packet(packet, seen): pass", *PATIENT, "pod=x/a") as hook,
+        one.make_socket("x/c", socket.AF_INET, socket.SOCK_STREAM) as client,
+    ):
+        client.settimeout(20)
+        with pytest.raises(ConnectionRefusedError):
+            client.connect((one.address("x/a"), SERVED))
+        hook.wait(hook="engine", verdict="deny", reason="no-rule")
+
+
+def test_a_change_of_policy_holds_for_packets_that_wait(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one, web(one))
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    to = (one.address("x/a"), SERVED)
+    go = running.directory.parent / "go"
+    code = f"""
+import os, time
+
+def on_packet(packet, seen):
+    print("asked", flush=True)
+    if b"delay" in bytes(packet):
+        return delay(3)
+    while not os.path.exists({str(go)!r}):
+        time.sleep(0.01)
+"""
+    with Intercept(running, code, *PATIENT, "pod=x/a", "udp") as hook:
+        source.sendto(b"delay", to)
+        until(lambda: hook.lines.count("asked") == 1, timeout=20, what="the hook is asked")
+        source.sendto(b"wait", to)
+        until(lambda: hook.lines.count("asked") == 2, timeout=20, what="the hook is asked")
+        running.write(policy("x", "web", select(one, "x/a"), ingress=[]))
+        go.touch()
+        rows = [hook.wait(hook=did)[0] for did in ("engine", "delay")]
+        assert not received(target, 0.2)
+    for row in rows:
+        assert (row["verdict"], row["reason"]) == ("deny", "no-rule")
+        assert row["proposed"]["verdict"] == "allow"
+        assert row["policies"] == ["x/web"]
