@@ -15,7 +15,6 @@ import base64
 import binascii
 import enum
 import json
-import math
 from dataclasses import dataclass
 
 from dataplane._packet import decode_packet
@@ -100,11 +99,10 @@ def _bytes(value: object) -> bytes:
 
 
 def _seconds(value: object) -> float:
-    # No bool; and what is not finite is in no range.
-    seconds = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if not 0 <= seconds <= LONGEST_DELAY:
-        raise ValueError(f"a delay must be 0 to {LONGEST_DELAY:g} seconds")
-    return seconds
+    # No bool, no NaN, and no integer that is too large for a float.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LONGEST_DELAY:
+        return float(value)
+    raise ValueError(f"a delay must be 0 to {LONGEST_DELAY:g} seconds")
 
 
 def check_rewritten(old: bytes, new: bytes, longest: int) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any, Self
 
 from conftest import PODGATE, RunningAgent, import_path
@@ -21,11 +22,13 @@ IMPORTS = "from dataplane.hook import ALLOW, DROP, delay\n"
 class Intercept:
     """`podgate intercept -v -o json` in the node; a context manager that begins when the agent says so."""
 
-    def __init__(self, running: RunningAgent, code: str, *argv: str) -> None:
+    def __init__(self, running: RunningAgent, code: str | Path, *argv: str) -> None:
+        """`code`: what the hook file says, after its imports; or the file itself."""
         self.rows: list[dict[str, Any]] = []
         self.lines: list[str] = []
-        file = running.directory.parent / "hook.py"
-        file.write_text(IMPORTS + code)
+        file = code if isinstance(code, Path) else running.directory.parent / "hook.py"
+        if isinstance(code, str):
+            file.write_text(IMPORTS + code)
         self.process = running.lab.popen(
             "node",
             "env",

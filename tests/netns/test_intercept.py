@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import ssl
+from pathlib import Path
 
 import pytest
 from conftest import AgentFactory, LabFactory
@@ -13,7 +16,13 @@ from traffic import arrives, passes, received, sending, udp
 
 from dataplane.lab.topology import Topology, Wire
 
+logging.getLogger("scapy.runtime").setLevel(logging.ERROR)
+from scapy.layers.dns import DNS, DNSQR  # noqa: E402
+
 pytestmark = pytest.mark.netns
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "deploy/examples/hooks"
+TOTAL_RETRANS = 100  # struct tcp_info, tcpi_total_retrans, linux/tcp.h
 
 
 @pytest.mark.parametrize("wire", [Wire.ROUTED, Wire.BRIDGE])
@@ -218,3 +227,51 @@ def on_packet(packet, seen):
         assert (row["verdict"], row["reason"]) == ("deny", "no-rule")
         assert row["proposed"]["verdict"] == "allow"
         assert row["policies"] == ["x/web"]
+
+
+def test_examples_do_what_they_say(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one)
+    address = one.address("x/a")
+
+    def retries() -> int:
+        """SYNs that a connection needed besides the first."""
+        with one.make_socket("x/b", socket.AF_INET, socket.SOCK_STREAM) as client:
+            client.settimeout(20)
+            client.connect((address, SERVED))
+            return int(client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)[TOTAL_RETRANS])
+
+    with one.make_socket("x/a", socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind((address, SERVED))
+        listener.listen()
+        with Intercept(running, EXAMPLES / "lose_syns.py", *PATIENT, "to=x/a", "tcp") as hook:
+            assert [retries() for _ in range(2)] == [1, 0]
+        assert hook.rows[-1]["counted"] == {"connections": 2, "SYNs sent again": 1}
+
+        with (
+            Intercept(running, EXAMPLES / "tls_names.py", *PATIENT, "tcp", "port", str(SERVED)) as hook,
+            one.make_socket("x/b", socket.AF_INET, socket.SOCK_STREAM) as client,
+        ):
+            client.connect((address, SERVED))
+            client.sendall(client_hello("www.db.example"))
+            until(lambda: f"x/b asks {address}:{SERVED} for www.db.example" in hook.lines, timeout=20)
+
+    server, client = udp(one, "x/a", 53), udp(one, "x/b", 7001)
+    question = DNS(qd=DNSQR(qname="db.shop"))
+    with Intercept(running, EXAMPLES / "slow_dns.py", *PATIENT, "pod=x/b", "udp port 53") as hook:
+        client.sendto(bytes(question), (address, 53))
+        assert received(server, 20, 1) == [bytes(question)]
+        server.sendto(bytes(DNS(qr=1, qd=question.qd)), (one.address("x/b"), 7001))
+        server.sendto(b"no DNS", (one.address("x/b"), 7001))
+        assert received(client, 20, 2)[0] == b"no DNS"
+        hook.wait(hook="delay")
+    assert hook.rows[-1]["counted"] == {"db.shop.": 1}
+
+
+def client_hello(name: str) -> bytes:
+    """The first bytes that Python's own TLS client sends."""
+    outward = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outward, server_hostname=name)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outward.read()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 from pathlib import Path
 
+import aiohttp
 import pytest
 from conftest import PODGATE, AgentFactory, LabFactory, import_path
 from interceptor import PATIENT, SERVED, Intercept, all_rules, hook_rules, members, web
 from objects import until
 from packets import Stream
 from traffic import passes, received, udp
+
+from dataplane.errors import InputError
 
 pytestmark = pytest.mark.netns
 
@@ -270,6 +274,71 @@ def test_bad_input_is_one_line(lab: LabFactory, agent: AgentFactory, tmp_path: P
         assert done.stderr.startswith(said)
         assert len(done.stderr.splitlines()) == 1
         assert done.stdout == ""
+
+
+def test_nonsense_from_a_client_costs_no_packet(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one, web(one))
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    to = (one.address("x/a"), SERVED)
+
+    async def talk() -> dict[str, int]:
+        connector = aiohttp.UnixConnector(path=str(running.control))
+        query = {"filter": "pod=x/a udp", "timeout": "10"}
+        async with (
+            asyncio.timeout(30),
+            aiohttp.ClientSession(connector=connector) as session,
+            session.ws_connect("http://agent/intercept", params=query) as ws,
+        ):
+            assert "began" in await ws.receive_json()
+            for text in ("", "{", "[[]]", '{"id": 10}', '{"id": "x"}', '{"id": 1e400}', '{"end": 1}'):
+                await ws.send_str(text)
+            await ws.send_bytes(b"\xff")
+            refusals = [await ws.receive_json() for _ in range(7)]
+            assert all(list(one) == ["refused"] for one in refusals)
+            source.sendto(b"x", to)
+            asked = await ws.receive_json()
+            assert (asked["packet"]["dst_pod"], asked["packet"]["verdict"]) == ("x/a", "allow")
+            await ws.send_json({"id": asked["id"], "delay": 10**400})
+            told = await ws.receive_json()
+            assert (told["did"], told["record"]["verdict"]) == ("refused", "allow")
+            await ws.send_json({"id": asked["id"], "verdict": "drop"})  # too late: it has its verdict
+            await ws.send_json({"end": True})
+            summary: dict[str, int] = (await ws.receive_json())["summary"]
+            return summary
+
+    assert asyncio.run(talk()) == {"asked": 1, "refused": 1, "nonsense": 7}
+    assert received(target, 5, 1) == [b"x"]
+    assert "Traceback" not in running.text()
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({"timeout": "soon"}, "timeout=soon: 0.001 to 10 seconds"),
+        ({"timeout": "nan"}, "timeout=nan: 0.001 to 10 seconds"),
+        ({"filter": "verdict=maybe"}, "FILTER: 'verdict=maybe'"),
+    ],
+)
+def test_a_query_that_cannot_be_is_refused(
+    query: dict[str, str], said: str, lab: LabFactory, agent: AgentFactory
+) -> None:
+    running = agent(lab(["x/a"]))
+
+    async def talk() -> dict[str, str]:
+        connector = aiohttp.UnixConnector(path=str(running.control))
+        async with (
+            asyncio.timeout(30),
+            aiohttp.ClientSession(connector=connector) as session,
+            session.ws_connect("http://agent/intercept", params=query) as ws,
+        ):
+            answer: dict[str, str] = await ws.receive_json()
+            return answer
+
+    answer = asyncio.run(talk())
+    assert said in answer["error"]
+    with pytest.raises(InputError, match="is a WebSocket"):
+        running.ask("intercept")
 
 
 def test_without_an_agent(lab: LabFactory, tmp_path: Path) -> None:

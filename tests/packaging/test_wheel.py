@@ -124,7 +124,8 @@ def test_the_wheel_holds_what_a_user_needs(built: Built) -> None:
     extensions = {f"dataplane/{source.stem}{SUFFIX}" for source in SOURCES}
     data = f"podgate-{VERSION}.data/data/{EXAMPLES}"
     source = ROOT / "deploy/examples"
-    examples = {f"{data}/{path.relative_to(source).as_posix()}" for path in source.rglob("*.yaml")}
+    files = [*source.rglob("*.yaml"), *source.rglob("*.py")]
+    examples = {f"{data}/{path.relative_to(source).as_posix()}" for path in files}
     definitions = (ROOT / "deploy/crds").glob("policyendpoints.*.yaml")
     crds = {f"podgate-{VERSION}.data/data/{CRDS}/{path.name}" for path in definitions}
     info = f"podgate-{VERSION}.dist-info"
