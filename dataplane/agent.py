@@ -83,7 +83,8 @@ class Agent:
         store = Store(quiet=config.quiet, limit=config.quiet_limit, without=_IGNORED[config.resolve])
         self.programming = Programming(store)
         self.enforcement = Enforcement(config, self.programming)
-        self.enforcement.when_in_force = self._in_force
+        self.enforcement.when_in_force = self.programming.in_force
+        self.enforcement.when_flows_judged = self._flows_judged
         self.source = Files(config, store, self.log) if config.sources else self._cluster(store)
         pods = CniPods(self.enforcement)
         self.cni = CniServer(config.cni_socket, pods) if config.cni_socket is not None else None
@@ -100,7 +101,7 @@ class Agent:
         by_name = {**answers.by_name(), "audit": self.audit.report}
         dialogues = {"intercept": Intercepting(self.enforcement, names).intercept}
         self.control = ControlServer(config.control, by_name, streams, self._hand_over, dialogues)
-        telemetry = Telemetry(self.enforcement, self.source, self.programming)
+        self.telemetry = telemetry = Telemetry(self.enforcement, self.source, self.programming)
         self.flow_log: FlowLog | None = None
         if config.flow_log is not None:
             self.flow_log = FlowLog(self.enforcement, names, config.flow_log, config.flow_log_rate)
@@ -133,8 +134,8 @@ class Agent:
             on_node_ips=self._take_node_ips,
         )
 
-    def _in_force(self) -> None:
-        self.programming.in_force()
+    def _flows_judged(self, seconds: float) -> None:
+        self.telemetry.flows_judged(seconds)
         self.audit.look()
 
     def _take_node_ips(self, addresses: frozenset[bytes]) -> None:

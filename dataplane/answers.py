@@ -37,7 +37,7 @@ class Source(Protocol):
 class Latencies(Protocol):
     """How long changes took from their arrival to the rules in force (`programming.Programming`)."""
 
-    def quantiles(self) -> dict[str, float]: ...
+    def quantiles(self) -> dict[str, Any]: ...
 
 
 class Reachable(Protocol):

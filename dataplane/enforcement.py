@@ -5,8 +5,9 @@ published, then the queue threads bound; only then chains, sets and device group
 kernel's rules change when somebody can answer; last, live flows of an earlier run judged again.
 
 Every later change runs the same steps from the present alone: compile, publish, wait until no queue
-thread still uses the old table, steer, judge live flows again. A step that the kernel refuses
-becomes a problem in `status` and is tried again; until then the last good rules stay in force.
+thread still uses the old table, steer: it is in force. Then live flows are judged again: the kernel
+takes its time to list them. A step that the kernel refuses becomes a problem in `status` and is tried
+again; until then the last good rules stay in force.
 """
 
 from __future__ import annotations
@@ -89,14 +90,19 @@ class Enforcement:
         self.started = False  # the queues are ours; before that, rules found here are another agent's
         self.before_queues: Callable[[], Awaitable[None]] | None = None  # all is ready but the queues
         self.after_queues: Callable[[], Awaitable[None]] | None = None  # packets are judged
-        self.when_in_force: Callable[[], None] = lambda: None  # called each time a change has come into force
+        # Called each time a change is in force for whatever begins from then on. The flows that were there
+        # before, of which it may cut some, are judged again next.
+        self.when_in_force: Callable[[], None] = lambda: None
+        # Called when that is done too, with the seconds it took.
+        self.when_flows_judged: Callable[[float], None] = lambda _seconds: None
         # Called with every new table, before it is published, and the seconds that making it took.
         self.when_compiled: Callable[[RuleTable, float], None] = lambda _table, _seconds: None
         # What else is known of pods, put into the objects of which plans are made.
         self.amend: Callable[[Snapshot, LinkState], Snapshot] = lambda snapshot, _state: snapshot
+        self._groups_of = LinkState()  # the links when device groups were last looked at
         self._look = asyncio.Event()
         self._settling: list[asyncio.Future[bool]] = []
-        self.generation = 0  # of the table in force, its rules in the kernel too
+        self.generation = 0  # of the table in force, its rules in the kernel too, live flows judged by it
         self._tables = 0  # how many were made
         # What blocks on the kernel or its tools runs here, one call after the other: a change that was
         # under way when the agent was told to stop ends before its rules are taken away.
@@ -325,32 +331,33 @@ class Enforcement:
         # cut what neither the old nor the new one does.
         news = self.objects.settled and self._take_snapshot()
         plan, old = self._plan(), self.in_force
-        # New objects always make a new generation, so that whoever wrote them can wait for it.
-        if plan == old and not news and self.refused is None:
-            # A pod whose link has lost its group is open, and the link's event may be what woke us.
-            changed = await self.in_kernel_thread(self.steering.keep_groups)
-            if changed:
-                self.log.error("others changed our device groups; put back", links=" ".join(changed))
-            return
         try:
-            if (
-                old is not None
-                and replace(plan, watched=old.watched, hooked=old.hooked) == old
-                and not news
-                and not self.refused
-            ):
-                # Who looks at which packets changes no rule of any pod: the table and all flows stay as
-                # they are.
-                await self.in_kernel_thread(lambda: self._steer(plan))
-                self.in_force = plan
-                self._steered(plan)
-                if plan.watched != old.watched:
-                    self.log.info("pods of which every packet is looked at", addresses=len(plan.watched))
-                if plan.hooked != old.hooked:
-                    self.log.info("pods whose packets a hook is asked about", addresses=len(plan.hooked))
-                return
+            if old is not None and not news and self.refused is None:
+                if plan == old:
+                    await self._steer(plan)
+                    return
+                if replace(plan, watched=old.watched, hooked=old.hooked) == old:
+                    # Who looks at which packets changes no rule of any pod: table and flows stay as they are.
+                    await self._steer(plan)
+                    self.in_force = plan
+                    self._steered(plan)
+                    if plan.watched != old.watched:
+                        self.log.info("pods of which every packet is looked at", addresses=len(plan.watched))
+                    if plan.hooked != old.hooked:
+                        self.log.info("pods whose packets a hook is asked about", addresses=len(plan.hooked))
+                    return
+            # New objects always make a new generation, so that whoever wrote them can wait for it.
             table = self._publish(plan)
-            seen, cut = await self.in_kernel_thread(lambda: self._apply_to_kernel(plan, table))
+            await self.in_kernel_thread(self._quiesce)
+            await self._steer(plan)
+            renewed, rejudged = touched(old, plan)
+            if renewed and old is not None:
+                await self.in_kernel_thread(lambda: conntrack.clear(self.config.marks, renewed))
+            self.when_in_force()
+            in_force = time.monotonic()
+            # Flows that an earlier agent, or a plan that came into force by half, has let in: all.
+            whose = None if old is None or self.refused is not None else rejudged
+            seen, cut = await self.in_kernel_thread(lambda: self._judge_again(table, whose))
         except (KernelError, ValueError) as error:  # ValueError: no table can be made of the plan
             if self.refused != str(error):
                 self.log.error("change not in force, will be tried again", error=str(error))
@@ -358,51 +365,57 @@ class Enforcement:
             return
         self._steered(plan)
         self.in_force, self.refused, self.generation = plan, None, table.generation
-        self.when_in_force()
+        done = time.monotonic()
+        self.when_flows_judged(done - in_force)
         self.log.info(
             "ready" if old is None else "rules in force",
             generation=table.generation,
             pods=plan.isolated,
             policies=plan.policies,
+            ms=round((in_force - started) * 1000, 1),
             flows_judged_again=seen,
             flows_cut=cut,
-            ms=round((time.monotonic() - started) * 1000, 1),
+            flows_ms=round((done - in_force) * 1000, 1),
         )
         for problem in plan.problems:
             if old is None or problem not in old.problems:
                 self.log.error("not ready", problem=problem)
 
-    def _apply_to_kernel(self, plan: Plan, table: RuleTable) -> tuple[int, int]:
-        """Steer, and judge live flows again; how many were looked at, and how many cut."""
-        marks = self.config.marks
-        # Until then a verdict of the old table may still be on its way into conntrack.
+    def _quiesce(self) -> None:
+        """Wait until no verdict of an older table is on its way into conntrack any more."""
         deadline = time.monotonic() + QUIESCE_LIMIT_SECONDS
         while not self.publisher.quiesced():
             if time.monotonic() > deadline:
                 raise KernelError("a queue thread does not take up new rules; restart the agent")
             time.sleep(QUIESCE_SECONDS)
-        self._steer(plan)
-        renewed, rejudged = touched(self.in_force, plan)
-        if renewed and self.in_force is not None:
-            conntrack.clear(marks, renewed)
-        if self.in_force is None or self.refused is not None:
-            # Flows that an earlier agent, or a plan that came into force by half, has let in.
-            swept = conntrack.rejudge(table, marks, None)
-        elif rejudged:
-            swept = conntrack.rejudge(table, marks, rejudged)
-        else:
+
+    def _judge_again(self, table: RuleTable, addresses: set[bytes] | None) -> tuple[int, int]:
+        """Judge live flows from or to `addresses` (None: all); how many were looked at, and how many cut."""
+        if addresses is not None and not addresses:
             return 0, 0
+        swept = conntrack.rejudge(table, self.config.marks, addresses)
         return swept.seen, swept.cleared
 
-    def _steer(self, plan: Plan) -> None:
+    async def _steer(self, plan: Plan) -> None:
+        links = self.interfaces.state
+        steered = await self.in_kernel_thread(lambda: self._apply(plan))
+        if not steered and links is not self._groups_of:
+            # A pod whose link has lost its group is open, and the link's event may be what woke us.
+            changed = await self.in_kernel_thread(self.steering.keep_groups)
+            if changed:
+                self.log.error("others changed our device groups; put back", links=" ".join(changed))
+        self._groups_of = links
+
+    def _apply(self, plan: Plan) -> bool:
         if plan.watched:
             queue = self.watching.prepare()
             if not queue.running:
                 with suppress(KernelError):  # what it would be shown passes
                     queue.start()
-        self.steering.apply(plan.steered, plan.services, plan.not_pods, plan.watched, plan.hooked)
+        changed = self.steering.apply(plan.steered, plan.services, plan.not_pods, plan.watched, plan.hooked)
         if not plan.watched:
             self.watching.stop_queue()
+        return changed
 
     def _steered(self, plan: Plan) -> None:
         if not plan.hooked:

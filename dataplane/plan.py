@@ -28,6 +28,8 @@ from dataplane.node.steering import SteeredPod
 from dataplane.policy.compile import PodEntry
 from dataplane.policy.effective import DirectionRules, Effective, PodRules, changed_pods
 
+_Claim = tuple[tuple[bytes, ...], float]
+
 NOTHING = DirectionRules(())  # isolated, and no rule allows anything
 ANNOTATION_SPOOF_CHECK = "podgate.dev/spoof-check"  # "off" on pods that route for others
 
@@ -74,6 +76,9 @@ class Planner:
 
     def __init__(self) -> None:
         self._effective: Effective | None = None
+        self._places: Places | None = None
+        self._config: AgentConfig | None = None
+        self._sides: dict[Key, tuple[PodRules, PodEntry, SteeredPod]] = {}  # of the last plan
 
     def plan(self, config: AgentConfig, snapshot: Snapshot, state: LinkState) -> Plan:
         """See `make_plan`."""
@@ -81,71 +86,105 @@ class Planner:
         if self._effective is None or self._effective.node_ips != node_ips:
             self._effective = Effective(node_ips)
         pods = self._effective.update(snapshot)
-        return _plan(config, state, node_ips, pods, self._effective.policies)
+        claims = {key: _claim(pod) for key, pod in pods.items()}
+        places = self._places
+        if places is None or not places.hold(claims, state, config.veth_prefix):
+            places = Places(pods, claims, state, config.veth_prefix)
+        before = self._sides if config is self._config and places is self._places else {}
+        self._places, self._config, self._sides = places, config, {}
+        for key in places.placements:
+            pod, known = pods[key], before.get(key)
+            if known is None or known[0] is not pod:
+                known = (pod, *_sides(config, places, pod))
+            self._sides[key] = known
+        isolated = [key for key, pod in pods.items() if pod.isolated]
+        entries = tuple(entry for _, entry, _ in self._sides.values())
+        return Plan(
+            entries=entries,
+            own_node=node_ips | places.own_node,
+            pods=pods,
+            isolated=len(isolated),
+            placements=places.placements,
+            steered=tuple(steered for _, _, steered in self._sides.values()),
+            services=places.services,
+            not_pods=places.not_pods,
+            waiting=tuple(key for key in isolated if key not in places.placements),
+            policies=self._effective.policies,
+            audited=sum(bool(entry.audit & _isolated_in(entry)) for entry in entries if entry.audit),
+            # Not only the links tell: sysctls may have changed.
+            problems=tuple(problems(state, places.placements.values(), strict=config.mode is Mode.STRICT)),
+        )
 
 
-def _plan(
-    config: AgentConfig,
-    state: LinkState,
-    node_ips: frozenset[bytes],
-    pods: dict[Key, PodRules],
-    policies: int,
-) -> Plan:
-    entries: list[PodEntry] = []
-    steered: list[SteeredPod] = []
-    placements = place(pods, state, config.veth_prefix)
-    owners = address_owners(pods, placements, state)
-    for key in sorted(placements):
-        placement, pod = placements[key], pods[key]
-        own = tuple(address for address in pod.addresses if owners[address] == key)
-        # Strict mode: a pod is isolated both ways before, and besides, what policies say of it.
-        default = NOTHING if config.mode is Mode.STRICT or (pod.object and pod.object.strict) else None
-        ingress = pod.ingress or default
-        egress = pod.egress or default
-        # Strict mode isolates by itself, and is not in audit because a policy is.
-        audit = frozenset(Direction) if config.audit else pod.audit if default is None else frozenset()
-        spoof_check = config.spoof_check and not _routes_for_others(pod.object)
-        entries.append(
-            PodEntry(
-                key=key,
-                addresses=own,
-                devices=(placement.ifindex,),
-                ingress=ingress,
-                egress=egress,
-                spoof_check=spoof_check,
-                branch=placement.kind is Kind.BRANCH,
-                bridge=placement.bridge_ifindex,
-                uplink=branch_uplink(placement, pod.addresses, state),
-                audit=audit,
-                ingress_policies=pod.ingress_policies,
-                egress_policies=pod.egress_policies,
-            )
-        )
-        steered.append(
-            SteeredPod(
-                key=key,
-                placement=placement,
-                addresses=own,
-                egress=egress is not None,
-                ingress=ingress is not None,
-                spoof_check=spoof_check,
-            )
-        )
-    isolated = [key for key, pod in pods.items() if pod.isolated]
-    return Plan(
-        entries=tuple(entries),
-        own_node=node_ips | own_node_addresses(state),
-        pods=pods,
-        isolated=len(isolated),
-        placements=placements,
-        steered=tuple(steered),
-        services=local_service_addresses(state),
-        not_pods=lookalikes(state, config.veth_prefix),
-        waiting=tuple(key for key in isolated if key not in placements),
-        policies=policies,
-        audited=sum(bool(entry.audit & _isolated_in(entry)) for entry in entries),
-        problems=tuple(problems(state, placements.values(), strict=config.mode is Mode.STRICT)),
+class Places:
+    """What the links tell of a node's pods: which interface and which addresses are whose.
+
+    Of the pods it takes only what they claim (see `_claim`): rules may change under the same places.
+    """
+
+    def __init__(
+        self, pods: Mapping[Key, PodRules], claims: dict[Key, _Claim], state: LinkState, veth_prefix: str
+    ) -> None:
+        self._made_of = (claims, veth_prefix)
+        self._state = state
+        placements = place(pods, state, veth_prefix)
+        owners = address_owners(pods, placements, state)
+        self.placements = dict(sorted(placements.items()))
+        self.own_addresses = {
+            key: tuple(address for address in pods[key].addresses if owners[address] == key)
+            for key in self.placements
+        }
+        self.uplinks = {
+            key: branch_uplink(placement, pods[key].addresses, state)
+            for key, placement in self.placements.items()
+        }
+        self.own_node = own_node_addresses(state)
+        self.services = local_service_addresses(state)
+        self.not_pods = lookalikes(state, veth_prefix)
+
+    def hold(self, claims: dict[Key, _Claim], state: LinkState, veth_prefix: str) -> bool:
+        """Whether these are the places of such pods on such links too."""
+        return self._state is state and self._made_of == (claims, veth_prefix)
+
+
+def _claim(pod: PodRules) -> _Claim:
+    """What a pod's claim to an interface depends on: its addresses, and how new it is."""
+    return pod.addresses, pod.object.created_at or 0.0 if pod.object is not None else -1.0
+
+
+def _sides(config: AgentConfig, places: Places, pod: PodRules) -> tuple[PodEntry, SteeredPod]:
+    """What the engine, and what the kernel's rules, must know of one pod."""
+    placement, own = places.placements[pod.pod], places.own_addresses[pod.pod]
+    # Strict mode: a pod is isolated both ways before, and besides, what policies say of it.
+    default = NOTHING if config.mode is Mode.STRICT or (pod.object and pod.object.strict) else None
+    ingress = pod.ingress or default
+    egress = pod.egress or default
+    # Strict mode isolates by itself, and is not in audit because a policy is.
+    audit = frozenset(Direction) if config.audit else pod.audit if default is None else frozenset()
+    spoof_check = config.spoof_check and not _routes_for_others(pod.object)
+    entry = PodEntry(
+        key=pod.pod,
+        addresses=own,
+        devices=(placement.ifindex,),
+        ingress=ingress,
+        egress=egress,
+        spoof_check=spoof_check,
+        branch=placement.kind is Kind.BRANCH,
+        bridge=placement.bridge_ifindex,
+        uplink=places.uplinks[pod.pod],
+        audit=audit,
+        ingress_policies=pod.ingress_policies,
+        egress_policies=pod.egress_policies,
     )
+    steered = SteeredPod(
+        key=pod.pod,
+        placement=placement,
+        addresses=own,
+        egress=egress is not None,
+        ingress=ingress is not None,
+        spoof_check=spoof_check,
+    )
+    return entry, steered
 
 
 def _isolated_in(entry: PodEntry) -> set[Direction]:
@@ -172,8 +211,7 @@ def place(pods: Mapping[Key, PodRules], state: LinkState, veth_prefix: str) -> d
         placement = locate(key, pod.addresses, state, veth_prefix, names)  # its own name's link stays its own
         if placement is not None:
             named = names.get(placement.ifindex) == key
-            age = pod.object.created_at or 0.0 if pod.object is not None else -1.0
-            claims.setdefault(placement.ifindex, []).append((named, age, key, placement))
+            claims.setdefault(placement.ifindex, []).append((named, _claim(pod)[1], key, placement))
     winners = (max(claimants, key=lambda claim: claim[:3]) for claimants in claims.values())
     return {key: placement for _, _, key, placement in sorted(winners, key=lambda claim: claim[2])}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from dataplane.model import Snapshot
 from dataplane.sources.store import Store
@@ -16,12 +16,14 @@ RECENT = 1024
 class Latency(NamedTuple):
     """Of one change that came into force, in seconds.
 
-    `received`: since its first event was received, the coalescing window included. `triggered`: since
+    `received`: since its first event was received, the coalescing window included. `settled`: since that
+    window was over. `triggered`: since
     the trigger time that its PolicyEndpoint carries, None where it carries none; 0 where the clock of
     the machine that wrote it is ahead of ours.
     """
 
     received: float
+    settled: float
     triggered: float | None
 
 
@@ -49,12 +51,12 @@ class Programming:
 
     def snapshot(self) -> Snapshot:
         """The store's, and the beginning of the way into force of what is new in it."""
-        since, triggers = self._store.changed_since, self._triggers
+        since, settled, triggers = self._store.changed_since, self._store.settled_since, self._triggers
         snapshot = self._store.snapshot()
         self._triggers = []
         if snapshot != self._last and since is not None:
             times: list[float | None] = [*triggers] or [None]
-            self._taken += (Latency(since, trigger) for trigger in times)
+            self._taken += (Latency(since, settled, trigger) for trigger in times)
         self._last = snapshot
         return snapshot
 
@@ -67,16 +69,30 @@ class Programming:
         """Everything that snapshots have shown is in force."""
         taken, self._taken = self._taken, []
         now, wall = time.monotonic(), time.time()
-        for since, trigger in taken:
-            latency = Latency(now - since, None if trigger is None else max(wall - trigger, 0.0))
+        for since, settled, trigger in taken:
+            triggered = None if trigger is None else max(wall - trigger, 0.0)
+            latency = Latency(now - since, max(now - settled, 0.0), triggered)
             self.recent.append(latency)
             for listener in self.listeners:
                 listener(latency)
 
-    def quantiles(self) -> dict[str, float]:
-        """Milliseconds from arrival to in force, of the last RECENT changes: p50, p99 and their number."""
-        times = sorted(each.received for each in self.recent)
-        found: dict[str, float] = {"changes": len(times)}
-        for name, share in (("p50", 0.5), ("p99", 0.99)) if times else ():
-            found[name] = round(times[min(int(len(times) * share), len(times) - 1)] * 1000, 1)
-        return found
+    def quantiles(self) -> dict[str, Any]:
+        """Milliseconds from arrival to in force, of the last RECENT changes: p50, p99 and their number.
+
+        The same again as `after_window`: from the end of the coalescing window.
+        """
+        if not self.recent:
+            return {"changes": 0}
+        return {
+            "changes": len(self.recent),
+            **_quantiles([each.received for each in self.recent]),
+            "after_window": _quantiles([each.settled for each in self.recent]),
+        }
+
+
+def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    times = sorted(seconds)
+    return {
+        name: round(times[min(int(len(times) * share), len(times) - 1)] * 1000, 1)
+        for name, share in (("p50", 0.5), ("p99", 0.99))
+    }

@@ -136,6 +136,10 @@ class Telemetry:
         if latency.triggered is not None:
             self.metrics.programming_latency.observe(latency.triggered)
 
+    def flows_judged(self, seconds: float) -> None:
+        """A change has been in force for so long when the last live flow was judged by it."""
+        self.metrics.flows_judged.observe(seconds)
+
     def _here(self) -> tuple[set[Key], set[Key]]:
         """Pods of this node and policies that exist now."""
         plan = self.enforcement.in_force

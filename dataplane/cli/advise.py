@@ -14,7 +14,6 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import click
 
 from dataplane.cli.captures import (
-    count,
     open_capture,
     open_file,
     parse_filter,
@@ -24,6 +23,7 @@ from dataplane.cli.captures import (
 from dataplane.cli.objects import read_objects
 from dataplane.cli.progress import progress
 from dataplane.errors import InputError, PodgateError
+from dataplane.wording import count
 
 if TYPE_CHECKING:
     from dataplane.advice import Proof, Traffic

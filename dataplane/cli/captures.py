@@ -58,11 +58,6 @@ def parse_filter(expression: str | None) -> Filter | None:
         raise InputError(f"--filter {expression!r}: {error}; pcap-filter(7) tells how to write it") from None
 
 
-def count(number: int, what: str, many: str = "") -> str:
-    """`1 flow`, `2,000 flows`."""
-    return f"{number:,} {what if number == 1 else many or f'{what}s'}"
-
-
 def port_name(protocol: int, port: int | None) -> str:
     """`80/TCP`, or a protocol without ports by its name."""
     from dataplane.observe.events import protocol_name

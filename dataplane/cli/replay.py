@@ -13,7 +13,6 @@ import click
 
 from dataplane.cli.captures import (
     columns,
-    count,
     open_capture,
     open_file,
     parse_filter,
@@ -23,6 +22,7 @@ from dataplane.cli.captures import (
 from dataplane.cli.client import output_option
 from dataplane.cli.objects import read_objects
 from dataplane.cli.progress import progress
+from dataplane.wording import count
 
 if TYPE_CHECKING:
     from dataplane._pcap import Capture

@@ -15,6 +15,7 @@ from rich.table import Table
 from dataplane.cli import client
 from dataplane.cli.client import TIMEOUT_SECONDS, ask, control_option, output_option
 from dataplane.errors import AgentUnreachable, PodgateError
+from dataplane.wording import count
 
 
 class NotReady(PodgateError):
@@ -43,7 +44,7 @@ def _print(status: dict[str, Any]) -> None:
     word = "[green]ready[/]" if status["ready"] else "[red]not ready[/]"
     console.print(
         f"{word}  generation {status['generation']}, "
-        f"{status['pods']} pods under {status['policies']} policies"
+        f"{count(status['pods'], 'pod')} under {count(status['policies'], 'policy', 'policies')}"
     )
     denied = "answered" if status["reject"] else "dropped"
     console.print(
@@ -54,10 +55,8 @@ def _print(status: dict[str, Any]) -> None:
     if status["audit"]:
         console.print("[yellow]audit[/]: nothing is dropped; see podgate audit-report")
     elif status["audited_pods"]:
-        console.print(
-            f"[yellow]audit[/]: {status['audited_pods']} pods have policies in audit only;"
-            " see podgate audit-report"
-        )
+        pods = count(status["audited_pods"], "pod has", "pods have")
+        console.print(f"[yellow]audit[/]: {pods} policies in audit only; see podgate audit-report")
     queues = Table(
         "queue", "waiting", "dropped: queue full", "dropped: socket full", box=None, pad_edge=False
     )
@@ -66,8 +65,8 @@ def _print(status: dict[str, Any]) -> None:
     console.print(queues)
     if status["counters"]:
         counters = Table("reason", "packets", box=None, pad_edge=False)
-        for reason, count in sorted(status["counters"].items(), key=lambda item: -item[1]):
-            counters.add_row(reason, f"{count:,}")
+        for reason, packets in sorted(status["counters"].items(), key=lambda item: -item[1]):
+            counters.add_row(reason, f"{packets:,}")
         console.print(counters)
     for problem in status["problems"]:
         console.print(f"[yellow]problem[/]: {escape(problem)}", soft_wrap=True)

@@ -21,6 +21,7 @@ from dataplane.errors import AgentUnreachable, InputError
 from dataplane.observe.lines import Record, clock, decision, end, protocol
 from dataplane.observe.selection import Selection
 from dataplane.observe.top import WINDOW_SECONDS, Overview, Top, per_second, question, recorded, size
+from dataplane.wording import count
 
 REFRESH_SECONDS = 1.0
 MOST_ROWS = 100
@@ -53,20 +54,20 @@ def overview_lines(status: dict[str, Any] | Any, numbers: Overview) -> list[str]
     if status is None:
         return ["waiting for the agent's answer"]
     word = "ready" if status["ready"] else "not ready"
-    problems = f", {len(status['problems'])} problems: podgate status" if status["problems"] else ""
+    problems = f", {count(len(status['problems']), 'problem')}: podgate status" if status["problems"] else ""
     audit = ", audit: drops nothing" if status["audit"] else ""
     shown = numbers.by_reason[:REASONS_SHOWN]
     reasons = ", ".join(f"{name} {per_second(rate)}" for name, rate in shown)
     latency = status["programming_ms"]
     took = (
-        f"{latency['p50']} ms, p99 {latency['p99']} ms ({latency['changes']} changes)"
+        f"{latency['p50']} ms, p99 {latency['p99']} ms ({count(latency['changes'], 'change')})"
         if latency["changes"]
         else "no changes yet"
     )
     lost = f"   {numbers.lost:,} records lost (too many at once)" if numbers.lost else ""
     return [
-        f"{word}, generation {status['generation']}, {status['pods']} pods under"
-        f" {status['policies']} policies{audit}{problems}",
+        f"{word}, generation {status['generation']}, {count(status['pods'], 'pod')} under"
+        f" {count(status['policies'], 'policy', 'policies')}{audit}{problems}",
         f"verdicts/s {per_second(numbers.verdicts)}{f' ({reasons})' if reasons else ''}"
         f"   denied/s {per_second(numbers.denied)}{lost}",
         f"queue depth {numbers.depth} (at most {numbers.deepest}), dropped by full queues"

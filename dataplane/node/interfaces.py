@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,6 +154,7 @@ class Placement:
     bridge_ifindex: int = 0
 
 
+@lru_cache(maxsize=8192)
 def host_veth_name(pod: Key, prefix: str) -> str:
     """The name the VPC CNI gives a pod's host-side veth (pkg/networkutils, GeneratePodHostVethName)."""
     digest = hashlib.sha1(f"{pod.namespace}.{pod.name}".encode(), usedforsecurity=False)

@@ -237,6 +237,7 @@ class Steering:
         self._unwritten = True  # the rules in the kernel may be others than _rules()
         self._sets: dict[str, set[str]] | None = None  # as last applied; None: not yet
         self._groups: dict[int, int] | None = None  # None: whatever an earlier run left, until apply()
+        self._applied: tuple[object, ...] | None = None  # what apply() was last given, once it was done
         self._replaced: dict[str, int] = dict.fromkeys(COUNTED, 0)  # counted by rules that are gone
 
     @property
@@ -286,7 +287,7 @@ class Steering:
         """
         if not self._tools:
             self.detect()
-        self._options = self._options_for(not_pods)
+        self._options, self._applied = self._options_for(not_pods), None
         changed = self._make_sets()
         saved = {family: tool.read() for family, tool in self._tools.items()}
         self._ports = adopted_ports(saved.values())
@@ -305,20 +306,36 @@ class Steering:
         not_pods: Iterable[str] = (),
         watched: Collection[bytes] = (),
         hooked: Collection[bytes] = (),
-    ) -> None:
+    ) -> bool:
         """Steer these pods and no others. `services`: local service addresses; `not_pods`: names of links
         that only look like a pod's (strict mode, `interfaces.lookalikes`); `watched`: addresses whose
         packets are shown to the watch queue (`watch_queue`) where no verdict is needed; `hooked`: addresses
-        whose packets all go to the hook's queue (`hook_queue`)."""
+        whose packets all go to the hook's queue (`hook_queue`).
+
+        False when that is what was last applied: the kernel is not asked then. What others have changed
+        since, `keep_groups` and `verify` find.
+        """
+        asked = (
+            tuple(pods),
+            frozenset(services),
+            frozenset(not_pods),
+            frozenset(watched),
+            frozenset(hooked),
+        )
+        if asked == self._applied and not self._unwritten and self.unguarded is None:
+            return False
         for pod in pods:
             if not _SAFE_NAME.fullmatch(pod.placement.name):
                 raise KernelError(
                     f"pod {pod.key}: iptables cannot match the name of its interface, {pod.placement.name!r}"
                 )
-        wanted = set_members(pods, services, self.families, watched, hooked)
+        wanted = set_members(pods, asked[1], self.families, watched, hooked)
         ports = bridge_ports(pods)
-        options = self._options_for(not_pods, watch=bool(watched), hook=bool(hooked))
-        adds, removals = ipset.change(wanted, self._present_sets())
+        options = self._options_for(asked[2], watch=bool(watched), hook=bool(hooked))
+        # What was applied is still there, or `verify` will put it back; else nobody knows.
+        present = self._sets if self._applied is not None and self._sets is not None else self._present_sets()
+        self._applied = None
+        adds, removals = ipset.change(wanted, present)
         ipset.restore(adds)
         if self._unwritten or ports != self._ports or options != self._options:
             self._ports, self._options = ports, options
@@ -329,6 +346,8 @@ class Steering:
         self._sets = wanted
         if self._no_tags(ports) != self._untagged:
             self._drop_tagged_frames()
+        self._applied = asked
+        return True
 
     def _no_tags(self, ports: Iterable[Port]) -> frozenset[str]:
         """The ports whose tagged frames are dropped."""
@@ -346,7 +365,7 @@ class Steering:
         """No packet goes to the watch queue or the hook's any more; all else stays as it is."""
         if self._options.watch is None and self._options.hook is None:
             return
-        self._options = replace(self._options, watch=None, hook=None)
+        self._options, self._applied = replace(self._options, watch=None, hook=None), None
         self._write_rules({family: tool.read() for family, tool in self._tools.items()})
 
     def keep_groups(self) -> list[str]:
@@ -382,6 +401,7 @@ class Steering:
         if self._untagged is not None:
             found += tagged_frames.differences(self.variant, self._untagged)
         if found and repair:
+            self._applied = None
             self._drop_tagged_frames()
             self._make_sets()
             adds, removals = ipset.change(wanted_sets, self._present_sets())
@@ -403,6 +423,7 @@ class Steering:
     def remove(self) -> list[str]:
         """Take everything of ours out of this network namespace; says what that was, one line each."""
         self._sets, self._ports, self._groups, self._untagged = None, (), None, None
+        self._applied = None
         return remove_everything()
 
     def _options_for(self, not_pods: Iterable[str], *, watch: bool = False, hook: bool = False) -> Options:

@@ -256,6 +256,12 @@ class Metrics:
             buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )
+        self.flows_judged = Histogram(
+            "podgate_live_flows_judged_seconds",
+            "From the rules of a change in force to all live flows that it concerns judged again by them.",
+            buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
+        )
         self.programming_latency = Histogram(
             "podgate_programming_latency_seconds",
             "From the trigger time that a PolicyEndpoint carries to its rules in force here.",

@@ -248,6 +248,11 @@ class Store:
         return self._first if self._changed.is_set() else None
 
     @property
+    def settled_since(self) -> float:
+        """When the coalescing window of the changes that the latest snapshot does not show is over."""
+        return min(self._last + self._quiet, self._first + self._limit)
+
+    @property
     def settled(self) -> bool:
         """Whether `snapshot` would show whole changes: none is under way, or it has had its time.
 
@@ -256,7 +261,7 @@ class Store:
         return not self._changed.is_set() or self._unsettled() <= 0
 
     def _unsettled(self) -> float:
-        return min(self._last + self._quiet, self._first + self._limit) - self._clock()
+        return self.settled_since - self._clock()
 
     def _note_change(self) -> None:
         self._last = self._clock()

@@ -102,7 +102,7 @@ def test_denied_traffic_appears_and_is_explained(
     running = agent(one, rules)
     terminal.types(top(running) + "; echo ended with $?")
     terminal.keys("Enter")
-    terminal.shows(r"ready, generation \d+, 1 pods under 1 policies", "Denials", "enter explain")
+    terminal.shows(r"ready, generation \d+, 1 pod under 1 policy", "Denials", "enter explain")
     assert terminal.alternate()
 
     def denied() -> object:
@@ -167,7 +167,7 @@ def test_without_a_terminal_a_snapshot_is_printed(lab: LabFactory, agent: AgentF
     running = agent(one, rules)
     assert connect(one, "x/client", "x/server").reached
     printed = running.podgate("top", "--seconds", "1").stdout
-    assert re.search(r"^ready, generation \d+, 1 pods under 1 policies", printed)
+    assert re.search(r"^ready, generation \d+, 1 pod under 1 policy", printed)
     assert re.search(r"x/client +x/server:80 +TCP +allow +policy-rule \(x/web\)", printed)
     assert "\x1b" not in printed
     nothing = running.podgate("top", "--seconds", "1", "to=x/client").stdout

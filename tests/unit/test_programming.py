@@ -25,6 +25,7 @@ def test_a_change_is_measured_from_its_arrival_and_from_its_trigger() -> None:
     assert heard == []
     programming.in_force()
     assert [round(each.received) for each in heard] == [100, 100]
+    assert [round(each.received - each.settled, 1) for each in heard] == [0.2, 0.2]  # the window's limit
     assert [each.triggered is not None and round(each.triggered) for each in heard] == [200, 0]
     assert list(programming.recent) == heard
 
@@ -64,5 +65,10 @@ def test_what_is_in_force_late_is_measured_when_it_is() -> None:
 def test_quantiles_are_those_of_the_last_changes() -> None:
     programming = Programming(Store())
     assert programming.quantiles() == {"changes": 0}
-    programming.recent.extend(Latency(number / 1000, None) for number in range(1, 101))
-    assert programming.quantiles() == {"changes": 100, "p50": 51.0, "p99": 100.0}
+    programming.recent.extend(Latency(number / 1000, number / 2000, None) for number in range(1, 101))
+    assert programming.quantiles() == {
+        "changes": 100,
+        "p50": 51.0,
+        "p99": 100.0,
+        "after_window": {"p50": 25.5, "p99": 50.0},
+    }

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from dataplane.model import EVERYTHING, PROTOCOL_NAMES, Direction, NetworkPolicyPort, Pod, Service
 from dataplane.policy.check.ends import on_the_wrong_end
 from dataplane.policy.check.findings import Check, Finding, Severity
-from dataplane.policy.check.world import Pods, RuleAt, World, counted, names, near, protocol_of
+from dataplane.policy.check.world import Pods, RuleAt, World, names, near, protocol_of
 from dataplane.policy.normalize import PodPeer
+from dataplane.wording import count
 
 NAMED_PORT_UNKNOWN = Check(
     "named-port-unknown",
@@ -159,7 +160,7 @@ def _unknown_name(rule: RuleAt, field: str, port: NetworkPolicyPort, groups: lis
     elif len(pods) == 1:
         message = f"{next(iter(pods))}, the only {side} pod, has no port named {name}"
     else:
-        message = f"none of the {counted(len(pods), f'{side} pod')} has a port named {name}"
+        message = f"none of the {count(len(pods), f'{side} pod')} has a port named {name}"
     known = sorted({each.name for pod in pods.values() for each in pod.ports if each.name})
     return NAMED_PORT_UNKNOWN.at(rule.policy.key, f"{field}.port", message, _suggestion(str(name), known))
 

@@ -281,11 +281,6 @@ def near(word: str, words: Sequence[str]) -> str:
     return next(iter(difflib.get_close_matches(word, words[:1000], 1, 0.6)), "")
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 pod`, `2 pods`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def protocol_of(port: NetworkPolicyPort) -> int:
     """The IP protocol number that an item of `ports` means."""
     return PROTOCOLS["TCP"] if port.protocol is None else port.protocol
