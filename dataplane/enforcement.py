@@ -190,19 +190,20 @@ class Enforcement:
             iptables=str(self.steering.variant),
             state="built" if built else "kept as found",
         )
-        verify_at = time.monotonic() + self.config.verify_seconds
-        while True:
-            settling, self._settling = self._settling, []
-            self._look.clear()
-            await self._reconcile()
-            for waiter in settling:
-                if not waiter.done():
-                    waiter.set_result(self.refused is None)
-            self.interfaces.solicit(self._unplaced(self.in_force))
-            # After a look at the rules the plan is made again too: no event tells of a sysctl.
-            if not await self._change(until=verify_at):
-                await self._verify()
-                verify_at = time.monotonic() + self.config.verify_seconds
+        verifying = asyncio.create_task(self._verify_at_times())
+        try:
+            while not verifying.done():
+                settling, self._settling = self._settling, []
+                self._look.clear()
+                await self._reconcile()
+                for waiter in settling:
+                    if not waiter.done():
+                        waiter.set_result(self.refused is None)
+                self.interfaces.solicit(self._unplaced(self.in_force))
+                await self._change(verifying)
+            verifying.result()  # it never ends by itself: let its error out
+        finally:
+            verifying.cancel()
 
     def look(self) -> None:
         """Take up at once what the links are now, and what `amend` has to say."""
@@ -256,25 +257,23 @@ class Enforcement:
         self.interception.end(hook)
         self._look.set()
 
-    async def _change(self, until: float) -> bool:
-        """Wait for new objects or links, or for the time to retry: True; False once `until` has come."""
+    async def _change(self, verifying: asyncio.Task[None]) -> None:
+        """Wait for new objects or links, for the time to try again, or for the end of `verifying`."""
         waits = [
             asyncio.create_task(self.objects.wait_change()),
             asyncio.create_task(self.interfaces.wait_change()),
             asyncio.create_task(self._look.wait()),
         ]
-        patience = until - time.monotonic()
+        patience = None
         if self.refused is not None:
-            patience = min(patience, RETRY_SECONDS)
+            patience = RETRY_SECONDS
         elif self._unplaced(self.in_force):
-            patience = min(patience, SOLICIT_SECONDS)
+            patience = SOLICIT_SECONDS
         try:
-            done, _ = await asyncio.wait(waits, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*waits, verifying], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        again = self.refused is not None or bool(self._unplaced(self.in_force))
-        return bool(done) or (again and time.monotonic() < until)
 
     def _unplaced(self, plan: Plan | None) -> list[bytes]:
         """Addresses of pods of this node whose interface is not known, where a bridge may hide it."""
@@ -421,11 +420,21 @@ class Enforcement:
         if not plan.hooked:
             self.interception.release()
 
+    async def _verify_at_times(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.verify_seconds)
+            await self._verify()
+            self._look.set()  # the plan is made again too: no event tells of a sysctl
+
     async def _verify(self) -> None:
         """Put back what others changed of our rules, and notice queue threads that have ended."""
         faults = self.queues.healthy()
         try:
-            changed = await self.in_kernel_thread(lambda: self.steering.verify(repair=True))
+            # Reading everything takes long, and no change need wait for it. What a change under way makes
+            # look wrong is right when its turn comes.
+            changed = await asyncio.to_thread(self.steering.verify)
+            if changed:
+                changed = await self.in_kernel_thread(lambda: self.steering.verify(repair=True))
             if changed:
                 self.log.error("others changed our rules; put back", what="; ".join(changed))
         except KernelError as error:

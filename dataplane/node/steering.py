@@ -379,7 +379,10 @@ class Steering:
         return [link.name for link, _ in wrong]
 
     def verify(self, *, repair: bool = False) -> list[str]:
-        """What others changed of ours, one line each. With `repair`, put it right."""
+        """What others changed of ours, one line each. With `repair`, put it right.
+
+        Without, it may run beside another method in another thread; it then may see a change half done.
+        """
         found: list[str] = []
         wanted_sets = self._sets or {}
         present = ipset.read(SET_PREFIX)
