@@ -105,7 +105,13 @@ class Reader:
             found.passed_over["denied"] += 1
             return
         reason = record["reason"]
-        if record.get("reply") or reason in ("reply", "related", *(each.text for each in NEVER_JUDGED)):
+        # A hook's packets pass, or not, for reasons of its own.
+        if record.get("reply") or reason in (
+            "reply",
+            "related",
+            "hook",
+            *(each.text for each in NEVER_JUDGED),
+        ):
             return
         protocol = record["protocol"]
         number = PROTOCOL_NUMBERS.get(protocol)

@@ -128,6 +128,7 @@ class Answers:
             "audited_pods": plan.audited if plan else 0,
             "pods": plan.isolated if plan else 0,
             "policies": plan.policies if plan else 0,
+            "intercepted_pods": now.intercepted_pods,
             "queues": queues,
             "counters": {reason: count for reason, count in sorted(counters.items()) if count},
             "problems": problems,

@@ -238,6 +238,14 @@ class Enforcement:
         self.watching.remove(choice)
         self._look.set()
 
+    @property
+    def intercepted_pods(self) -> int:
+        """How many pods' packets a user's hook is asked about."""
+        plan = self.in_force
+        if plan is None or not plan.hooked:
+            return 0
+        return sum(not plan.hooked.isdisjoint(plan.pods[key].addresses) for key in plan.placements)
+
     async def intercept(self, choice: Choice, hook: Hook) -> None:
         """Ask `hook` about the packets of the pods that `choice` chooses, until `end_interception`.
 

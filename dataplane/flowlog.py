@@ -37,6 +37,8 @@ TELL_SECONDS = 10.0  # how often is told what was suppressed or lost
 WAITING = 65536  # events that wait for our thread at most
 STOP_SECONDS = 2.0
 END = "end"  # the kind of a limit, beside the reasons
+# What passes so is told packet by packet: it says nothing of its flow.
+_KINDS = {Reason.AUDIT: "audit", Reason.HOOK: "hook"}
 # Allowed without a rule being asked, packet by packet: no flow of anybody's begins with them.
 _NO_FLOW = {Reason.NEIGHBOUR_DISCOVERY, Reason.RELATED}
 
@@ -162,7 +164,7 @@ class FlowLog:
         while self._waiting:
             event, names = self._waiting.popleft()
             verdict = event.verdict
-            kind = "deny" if not verdict.allow else "audit" if verdict.reason is Reason.AUDIT else "flow"
+            kind = "deny" if not verdict.allow else _KINDS.get(verdict.reason, "flow")
             yield {"event": kind, **describe_event(event, names, self._node)}
 
     def _over(self, ended: EndedFlows) -> Iterator[dict[str, Any]]:

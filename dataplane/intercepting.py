@@ -127,7 +127,7 @@ class Session:
         data = base64.b64encode(proposal.data).decode()
         self.say({"id": number, "packet": self._describe(proposal), "data": data})
 
-    def told(self, number: int, did: str, proposal: Event, event: Event, why: str) -> None:
+    def told(self, number: int, did: str, event: Event, why: str) -> None:
         self._counts[did] += 1
         self.say({"id": number, "did": did, "why": why, "record": self._describe(event)})
 

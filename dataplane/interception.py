@@ -59,8 +59,9 @@ class Hook(Protocol):
     def ask(self, number: int, proposal: Event) -> None:
         """Ask it; `Interception.answer` is told the answer."""
 
-    def told(self, number: int, did: str, proposal: Event, event: Event, why: str) -> None:
-        """What became of a packet that it was asked about: a `Wish`, or `timeout`, `refused` or `ended`."""
+    def told(self, number: int, did: str, event: Event, why: str) -> None:
+        """What became of a packet that it was asked about: a `Wish`, or `timeout`, `refused` or `ended`.
+        `why`: more about it, in words, or nothing."""
 
     def passed_over(self, why: str) -> None:
         """It was not asked about a packet that it wants: `busy`, or `full`."""
@@ -231,7 +232,7 @@ class Interception:
             return
         self._numbers += 1
         number = self._numbers
-        timer = asyncio.get_running_loop().call_later(hook.timeout, self._too_late, number)
+        timer = asyncio.get_running_loop().call_later(hook.timeout, self._too_late)
         held = self._held[number] = _Held(number, packet, proposal, timer)
         try:
             hook.ask(number, proposal)
@@ -252,10 +253,12 @@ class Interception:
         proposal = self._worker.propose(packet.payload, **packet.path)
         return None if {proposal.verdict.reason, proposal.verdict.audited} & OURS else proposal
 
-    def _too_late(self, number: int) -> None:
-        held = self._held[number]
-        self._overdue.add(number)
-        self._engine(held, "timeout")
+    def _too_late(self) -> None:
+        """The oldest has waited too long. A hook is asked about one packet after the other: those behind it
+        go on too, so that none is overtaken by what comes while the hook is busy."""
+        for held in [one for one in self._held.values() if not one.delayed]:
+            self._overdue.add(held.number)
+            self._engine(held, "timeout")
 
     def answer(self, answer: Answer) -> None:
         """The hook has answered. An answer about a packet that does not wait any more is none."""
@@ -269,7 +272,8 @@ class Interception:
             held.timer.cancel()
             held.delayed = True
             loop = asyncio.get_running_loop()
-            held.timer = loop.call_later(answer.delay, self._engine, held, "delay")
+            why = f"{answer.delay:g} s"
+            held.timer = loop.call_later(answer.delay, self._engine, held, "delay", why)
         elif answer.wish in (Wish.ALLOW, Wish.DROP):
             self._override(held, str(answer.wish), answer.wish is Wish.ALLOW)
         else:
@@ -300,11 +304,14 @@ class Interception:
         except ValueError as error:
             self._engine(held, "refused", str(error))
             return
-        self._override(held, "rewrite", True, new)
+        why = f"{len(packet.payload):,} to {len(new):,} bytes"
+        self._override(held, "rewrite", True, why, new)
 
     # --- verdicts -------------------------------------------------------------------------------------
 
-    def _override(self, held: _Held, did: str, allow: bool, payload: bytes | None = None) -> None:
+    def _override(
+        self, held: _Held, did: str, allow: bool, why: str = "", payload: bytes | None = None
+    ) -> None:
         assert self._worker is not None
         self._forget(held)
         packet = held.packet
@@ -314,7 +321,7 @@ class Interception:
         except Exception:
             self._fault(packet)
             return
-        self._tell(held, did, event, "")
+        self._tell(held, did, event, why)
 
     def _engine(self, held: _Held, did: str, why: str = "") -> None:
         """The engine's verdict, by the rules of this moment."""
@@ -355,7 +362,7 @@ class Interception:
         if self._hook is None:
             return
         try:
-            self._hook.told(held.number, did, held.proposal, event, why)
+            self._hook.told(held.number, did, event, why)
         except Exception:  # the verdict has been given; other packets wait for theirs
             self.faults["hook"] += 1
 

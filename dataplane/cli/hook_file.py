@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import inspect
+import io
+import linecache
 import sys
 import tokenize
 import traceback
@@ -27,6 +29,7 @@ class HookFile:
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         """Run the file. InputError with file, line and error when that fails or the function is missing."""
         self.path = path
+        self._name = "<stdin>" if str(path) == "-" else str(path)
         self.counts: Counter[str] = Counter()  # the hook's own
         self._say = say
         self._failed: set[tuple[str, str]] = set()
@@ -52,12 +55,15 @@ class HookFile:
 
     def _load(self) -> Callable[[Any, Seen], Any]:
         module = types.ModuleType(_MODULE)
-        module.__file__ = str(self.path)
+        module.__file__ = self._name
         sys.modules[_MODULE] = module  # dataclasses and pickle look there
         sys.path.append(str(self.path.absolute().parent))  # its helpers; they hide nothing
         try:
-            with tokenize.open(self.path) as file:
-                code = compile(file.read(), str(self.path), "exec")
+            text = self._text()
+            # Tracebacks show lines of what can be read only once, too.
+            lines = text.splitlines(keepends=True)
+            linecache.cache[self._name] = (len(text), None, lines, self._name)
+            code = compile(text, self._name, "exec")
         except OSError as error:
             raise InputError(f"--hook {self.path}: {error.strerror or error}") from None
         except (SyntaxError, ValueError) as error:  # ValueError: null bytes
@@ -83,14 +89,19 @@ class HookFile:
             pass
         return function  # type: ignore[no-any-return]
 
+    def _text(self) -> str:
+        raw = sys.stdin.buffer.read() if self._name == "<stdin>" else self.path.read_bytes()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        return raw.decode(encoding)
+
     def _own_frames(self, error: BaseException) -> traceback.StackSummary:
         """The part of a traceback that lies in the file."""
         frames = traceback.extract_tb(error.__traceback__)
-        return traceback.StackSummary.from_list([one for one in frames if one.filename == str(self.path)])
+        return traceback.StackSummary.from_list([one for one in frames if one.filename == self._name])
 
     def _where(self, error: BaseException) -> str:
         frames = self._own_frames(error)
-        return f"{self.path}:{frames[-1].lineno}" if frames else str(self.path)
+        return f"{self._name}:{frames[-1].lineno}" if frames else self._name
 
     def _failure(self, error: BaseException) -> str:
         """The error in one line. The first of its kind is shown with the lines that led to it."""

@@ -85,7 +85,8 @@ class _Printer:
             kept = {name: proposed.get(name) for name in ("verdict", "reason", "direction", "policy", "rule")}
             self._write(json.dumps({**record, "hook": did, "why": why or None, "proposed": kept}))
             return
-        note = f"{did}; the rules: {proposed['verdict']}, {decision(proposed)}"
+        more = f" ({why})" if why else ""
+        note = f"{did}{more}; the rules: {proposed['verdict']}, {decision(proposed)}"
         self._write(f"{self._lines.line(record)}  {note}")
 
     def warn(self, text: str) -> None:
@@ -235,10 +236,11 @@ class _Conversation:
 @click.option(
     "--hook",
     "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path, allow_dash=True),
     metavar="FILE.py",
     required=True,
-    help="The Python file with on_packet(packet, seen). It runs here, not in the agent.",
+    help="The Python file with on_packet(packet, seen), or - for standard input. It runs here, not in the"
+    " agent.",
 )
 @click.option(
     "--timeout",

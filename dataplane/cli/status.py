@@ -57,6 +57,9 @@ def _print(status: dict[str, Any]) -> None:
     elif status["audited_pods"]:
         pods = count(status["audited_pods"], "pod has", "pods have")
         console.print(f"[yellow]audit[/]: {pods} policies in audit only; see podgate audit-report")
+    if status["intercepted_pods"]:
+        pods = count(status["intercepted_pods"], "pod")
+        console.print(f"[yellow]intercept[/]: a hook is asked about packets of {pods}")
     queues = Table(
         "queue", "waiting", "dropped: queue full", "dropped: socket full", box=None, pad_edge=False
     )

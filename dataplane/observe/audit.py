@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from dataplane.reasons import Reason
+
 KEPT = 10_000  # different denials; the packets of more are only counted
 
 
@@ -41,7 +43,7 @@ class AuditTally:
         KeyError, TypeError or ValueError for one that does not have them.
         """
         reason = record.get("would_deny")
-        if reason is None:
+        if reason in (None, Reason.HOOK.text):  # no policy denies what a hook would
             return False
         ends = ("dst", "src") if record.get("reply") else ("src", "dst")
         source, destination = ends

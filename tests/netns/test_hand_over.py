@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PODGATE, AgentFactory, LabFactory, RunningAgent, import_path
+from interceptor import SERVED, Intercept, all_rules, web
 from objects import allow, policy, select, until
+from packets import Stream as PacketStream
 from traffic import Stream, arrives, passes, received, sending, udp
 
 from dataplane.cli.client import is_own
@@ -114,6 +116,22 @@ def test_the_second_goes_before_the_first_is_stopped(
     assert not connect(one, "x/b", "x/a", timeout=0.5).reached
     first.start()
     assert first.status()["ready"]
+
+
+def test_a_hook_of_the_first_is_asked_no_more(
+    lab: LabFactory, agent: AgentFactory, successor: TookOver
+) -> None:
+    one = lab(["x/a", "x/b"])
+    first = agent(one, web(one))
+    before = all_rules(one)
+    with PacketStream(one, "x/b", "x/a", port=SERVED) as stream:
+        with Intercept(first, "def on_packet(packet, seen): pass", "pod=x/a") as hook:
+            hook.wait(10)
+            successor(first)
+            assert hook.ended() == 1
+        stream.assert_flows(20)
+        assert all_rules(one) == before
+        assert stream.retransmitted == 0
 
 
 def test_nobody_to_take_over_from(lab: LabFactory, agent: AgentFactory) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import AgentFactory, LabFactory
 from interceptor import PATIENT, SERVED, Intercept, all_rules, hook_rules, members, web
 from objects import policy, select, until
-from packets import Stream
+from packets import Events, Stream
 from traffic import arrives, passes, received, sending, udp
 
 from dataplane.lab.topology import Topology, Wire
@@ -51,9 +51,13 @@ def on_packet(packet, seen):
     to = (one.address("x/a", family), SERVED)
     assert passes(friend, to, target)
     assert not arrives(stranger, to, target)
-    with Intercept(running, code, *PATIENT, "pod=x/a", "udp") as hook:
+    with Events(running.control) as events, Intercept(running, code, *PATIENT, "pod=x/a", "udp") as hook:
+        assert running.status()["intercepted_pods"] == 1
+        assert "a hook is asked about packets of 1 pod" in running.podgate("status").stdout
         assert passes(stranger, to, target)
         assert not arrives(friend, to, target)
+        # Others who look on see what the hook decided.
+        until(lambda: {row["verdict"] for row in events.of(SERVED, reason="hook")} == {"allow", "deny"})
         friend.sendto(b"rewrite me", to)
         assert received(target, 5, 1) == [b"rewritten, and longer than it was"]
         assert hook.end() == 0
@@ -158,6 +162,21 @@ def test_what_the_filter_leaves_out_is_not_asked_about(lab: LabFactory, agent: A
         (row,) = hook.wait(hook="drop")
         assert (row["dst_port"], row["proposed"]["reason"]) == (9, "no-rule")
     assert hook.summary["asked"] == 1
+
+
+def test_packets_to_local_services_are_the_hooks_too(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a"])
+    one.run("node", "ip", "addr", "add", "169.254.20.10/32", "dev", "lo")
+    running = agent(one, policy("x", "a", select(one, "x/a"), egress=[]))
+    source = udp(one, "x/a", 7001)
+    target, node = udp(one, "node", 53), (one.address("node"), 53)
+    assert not arrives(source, ("169.254.20.10", 53), target)
+    with Intercept(running, "def on_packet(packet, seen): return ALLOW", *PATIENT, "pod=x/a", "udp") as hook:
+        assert passes(source, ("169.254.20.10", 53), target)
+        assert hook.wait(hook="allow")[0]["proposed"]["reason"] == "no-rule"
+        # All else between a pod and its own node is no matter of policy, and no hook's.
+        assert passes(source, node, target)
+    assert {row["dst"] for row in hook.rows if "dst" in row} == {"169.254.20.10"}
 
 
 def test_it_ends_by_itself_after_so_many_packets(lab: LabFactory, agent: AgentFactory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import logging
 from collections import Counter
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, code: str, said:
     assert text.startswith("--hook ")
     assert said in text
     assert "\n" not in text
+
+
+def test_standard_input_can_be_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"# coding: latin-1\ndef on_packet(packet, seen):\n    raise ValueError('\xe4')\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    said: list[str] = []
+    made = HookFile(Path("-"), said.append)
+    assert made.answer(RECORD, UDP4) == {"error": "<stdin>:3: ValueError: ä"}
+    assert "    raise ValueError('ä')" in said[0].splitlines()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n1 / 0")))
+    with pytest.raises(InputError, match="--hook <stdin>:2: ZeroDivisionError"):
+        HookFile(Path("-"), said.append)
 
 
 def test_a_file_that_is_not_there_and_options_out_of_range(tmp_path: Path) -> None:
