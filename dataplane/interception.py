@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from dataplane.node.hook_queue import HeldPacket, HookQueue
 
 CACHE_ENTRIES = 8192
-MOST_HELD = 1024  # packets that wait for a hook or for the end of their delay
+MOST_WAITING = 128  # packets that a hook is asked about at a time: Python answers so many in a time limit
+MOST_DELAYED = 1024
 MOST_READS = 128  # turns of reading what is left in the queue at its end
 LINGER_SECONDS = 0.5  # the queue is ours for so long after the rules that fill it have gone
 # Proposals that no hook can change.
@@ -78,7 +79,6 @@ class _Held:
     packet: HeldPacket
     proposal: Event
     timer: asyncio.TimerHandle
-    delayed: bool = False
 
 
 class Interception:
@@ -97,7 +97,8 @@ class Interception:
         self._worker: Worker | None = None
         self._fd = -1
         self._numbers = 0
-        self._held: dict[int, _Held] = {}
+        self._waiting: dict[int, _Held] = {}  # for an answer
+        self._delayed: dict[int, _Held] = {}
         self._overdue: set[int] = set()  # asked about, not answered in time, and not yet since
         self._closing: asyncio.TimerHandle | None = None
         self._lost_before = 0  # in the kernel's queue whenever it was ours before
@@ -132,7 +133,7 @@ class Interception:
         """The hook is asked no more; what waits gets its verdict now. More than once is no error."""
         if self._hook is not hook:
             return
-        for held in list(self._held.values()):
+        for held in [*self._delayed.values(), *self._waiting.values()]:
             self._engine(held, "ended")
         self._choice = self._hook = None
 
@@ -223,8 +224,9 @@ class Interception:
             if hook is None or proposal is None or not self._wanted(hook, proposal):
                 self._judge(packet)
                 return
-            if why := "busy" if self._overdue else "full" if len(self._held) >= MOST_HELD else None:
-                hook.passed_over(why)
+            full = len(self._waiting) >= MOST_WAITING or len(self._delayed) >= MOST_DELAYED
+            if full or self._overdue:
+                hook.passed_over("busy" if self._overdue else "full")
                 self._judge(packet)
                 return
         except Exception:
@@ -233,7 +235,7 @@ class Interception:
         self._numbers += 1
         number = self._numbers
         timer = asyncio.get_running_loop().call_later(hook.timeout, self._too_late)
-        held = self._held[number] = _Held(number, packet, proposal, timer)
+        held = self._waiting[number] = _Held(number, packet, proposal, timer)
         try:
             hook.ask(number, proposal)
         except Exception:
@@ -256,21 +258,21 @@ class Interception:
     def _too_late(self) -> None:
         """The oldest has waited too long. A hook is asked about one packet after the other: those behind it
         go on too, so that none is overtaken by what comes while the hook is busy."""
-        for held in [one for one in self._held.values() if not one.delayed]:
+        for held in list(self._waiting.values()):
             self._overdue.add(held.number)
             self._engine(held, "timeout")
 
     def answer(self, answer: Answer) -> None:
         """The hook has answered. An answer about a packet that does not wait any more is none."""
-        held = self._held.get(answer.number)
-        if held is None or held.delayed:
+        held = self._waiting.get(answer.number)
+        if held is None:
             self._overdue.discard(answer.number)
             return
         if answer.wish is Wish.REWRITE:
             self._rewrite(held, answer.packet)
         elif answer.wish is Wish.DELAY:
-            held.timer.cancel()
-            held.delayed = True
+            self._forget(held)
+            self._delayed[held.number] = held
             loop = asyncio.get_running_loop()
             why = f"{answer.delay:g} s"
             held.timer = loop.call_later(answer.delay, self._engine, held, "delay", why)
@@ -281,8 +283,8 @@ class Interception:
 
     def refuse(self, number: int, why: str) -> None:
         """What the hook said of a packet is of no use."""
-        held = self._held.get(number)
-        if held is None or held.delayed:
+        held = self._waiting.get(number)
+        if held is None:
             self._overdue.discard(number)
             return
         self._engine(held, "refused", why)
@@ -356,7 +358,8 @@ class Interception:
 
     def _forget(self, held: _Held) -> None:
         held.timer.cancel()
-        del self._held[held.number]
+        self._waiting.pop(held.number, None)
+        self._delayed.pop(held.number, None)
 
     def _tell(self, held: _Held, did: str, event: Event, why: str) -> None:
         if self._hook is None:

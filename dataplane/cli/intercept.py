@@ -20,6 +20,7 @@ from dataplane.cli.hook_file import HookFile
 from dataplane.errors import AgentUnreachable, InputError, KernelError
 from dataplane.observe.lines import Lines, decision
 from dataplane.observe.selection import Selection
+from dataplane.wording import count
 
 if TYPE_CHECKING:
     from aiohttp import ClientWebSocketResponse
@@ -101,9 +102,9 @@ class _Printer:
             self._write(json.dumps({"summary": summary, "counted": dict(own)}))
         asked = summary.get("asked", 0)
         parts = [f"{summary[key]:,} {text}" for key, text in _SUMMARY.items() if summary.get(key)]
-        _say(f"{asked:,} {'packet' if asked == 1 else 'packets'}{': ' if parts else ''}{', '.join(parts)}")
+        _say(f"{count(asked, 'packet')}{': ' if parts else ''}{', '.join(parts)}")
         if own:
-            _say("counted by the hook: " + ", ".join(f"{name} {count:,}" for name, count in own.items()))
+            _say("counted by the hook: " + ", ".join(f"{name} {number:,}" for name, number in own.items()))
 
     def _write(self, text: str) -> None:
         print(text, file=self._out, flush=True)
@@ -112,11 +113,11 @@ class _Printer:
 class _Conversation:
     """With the agent, about packets; the hook is called in the main thread, where Ctrl-C reaches it."""
 
-    def __init__(self, control: Path, hook: HookFile, printer: _Printer, count: int | None) -> None:
+    def __init__(self, control: Path, hook: HookFile, printer: _Printer, most: int | None) -> None:
         self._control = control
         self._hook = hook
         self._printer = printer
-        self._left = count
+        self._left = most
         self._proposed: dict[int, Record] = {}
         self._in_hook = False
         self._leaving = False
@@ -251,7 +252,7 @@ class _Conversation:
     help="How long a packet waits for the hook; then it gets its verdict by the rules.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Show packets too that are left to the rules.")
-@click.option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="End after N packets.")
+@click.option("-n", "--count", "most", type=click.IntRange(min=1), metavar="N", help="End after N packets.")
 @output_option
 @control_option
 def command(
@@ -259,7 +260,7 @@ def command(
     file: Path,
     timeout: float,
     verbose: bool,
-    count: int | None,
+    most: int | None,
     output: str,
     control: Path,
 ) -> None:
@@ -277,7 +278,7 @@ def command(
     hook = HookFile(file, _say)
     hook.warm_up()
     printer = _Printer(out, output == "json", verbose)
-    conversation = _Conversation(control, hook, printer, count)
+    conversation = _Conversation(control, hook, printer, most)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, conversation.interrupted)
     try:

@@ -29,6 +29,8 @@ def pod_name(names: Mapping[bytes, Key], address: bytes) -> str | None:
 
 def deciding_rule(verdict: Verdict) -> tuple[Key, int] | None:
     """The policy whose rule decided, the deciding end's first, and the rule's index; None: no rule did."""
+    if Reason.HOOK in (verdict.reason, verdict.audited):
+        return None
     ends = [(verdict.egress, Direction.EGRESS), (verdict.ingress, Direction.INGRESS)]
     ends.sort(key=lambda end: end[1] is not verdict.direction)
     for end, direction in ends:

@@ -64,7 +64,14 @@ def on_packet(packet, seen):
     until(lambda: all_rules(one) == before and not members(one, family), what="all is as before")
     allowed, dropped, rewritten = (hook.of(hook=did)[0] for did in ("allow", "drop", "rewrite"))
     for row, verdict in ((allowed, "allow"), (dropped, "deny"), (rewritten, "allow")):
-        assert (row["verdict"], row["reason"], row["direction"]) == (verdict, "hook", None)
+        decided = {name: row[name] for name in ("verdict", "reason", "direction", "policy", "rule")}
+        assert decided == {
+            "verdict": verdict,
+            "reason": "hook",
+            "direction": None,
+            "policy": None,
+            "rule": None,
+        }
     assert allowed["proposed"] | {"verdict": "deny", "reason": "no-rule"} == allowed["proposed"]
     assert dropped["proposed"] | {"verdict": "allow", "policy": "x/web"} == dropped["proposed"]
     assert hook.summary["rewrite"] == 1

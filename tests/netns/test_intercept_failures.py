@@ -17,6 +17,7 @@ from packets import Stream
 from traffic import passes, received, udp
 
 from dataplane.errors import InputError
+from dataplane.interception import MOST_WAITING
 
 pytestmark = pytest.mark.netns
 
@@ -124,14 +125,16 @@ def test_packets_that_wait_go_on_when_the_hooks_process_is_killed(
         Stream(one, "x/b", "x/a", port=SERVED) as stream,
         Intercept(running, HANGS, *PATIENT, "pod=x/a", "udp") as hook,
     ):
-        words = [f"{number}".encode() for number in range(20)]
+        words = [f"{number}".encode() for number in range(MOST_WAITING + 20)]
         for word in words:
             source.sendto(word, to)
         until(lambda: "asked" in hook.lines, timeout=20, what="the hook is asked")
+        # For no more is there room.
+        assert received(target, 5, 20) == words[MOST_WAITING:]
         assert not received(target, 0)
         assert hook.end(signal.SIGKILL) == -signal.SIGKILL
         # All of them at once, in their order: long before their time has run out.
-        assert received(target, 5, len(words)) == words
+        assert received(target, 5, MOST_WAITING) == words[:MOST_WAITING]
         until(lambda: all_rules(one) == before and not members(one, 4), what="all is as before")
         stream.assert_flows(20)
         assert stream.retransmitted == 0
