@@ -62,6 +62,21 @@ def _header(began: Record) -> str:
     return text + (" The agent runs with --audit: what the hook drops passes." if began["audit"] else "")
 
 
+def _note(did: str, why: str, proposed: Record) -> str:
+    """What the line of a packet does not say: what the rules would have done, or why they decided."""
+    rules = f"the rules: {proposed['verdict']}, {decision(proposed)}"
+    notes = {
+        "engine": "",
+        "allow": rules,
+        "drop": rules,
+        "rewrite": f"rewritten, {why}; {rules}",
+        "delay": f"delayed {why}",
+        "timeout": "no answer in time",
+        "ended": "the end came before the answer",
+    }
+    return notes.get(did, why)
+
+
 class _Printer:
     """Writes what became of packets, in the form that was asked for."""
 
@@ -86,9 +101,7 @@ class _Printer:
             kept = {name: proposed.get(name) for name in ("verdict", "reason", "direction", "policy", "rule")}
             self._write(json.dumps({**record, "hook": did, "why": why or None, "proposed": kept}))
             return
-        more = f" ({why})" if why else ""
-        note = f"{did}{more}; the rules: {proposed['verdict']}, {decision(proposed)}"
-        self._write(f"{self._lines.line(record)}  {note}")
+        self._write(f"{self._lines.line(record)}  {_note(did, why, proposed)}".rstrip())
 
     def warn(self, text: str) -> None:
         """Say something the first time that there is reason for it."""
