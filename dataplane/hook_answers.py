@@ -21,9 +21,7 @@ from dataplane._packet import decode_packet
 from dataplane.reasons import Reason
 
 LONGEST_DELAY = 10.0  # seconds
-LONGEST_PACKET = 0xFFFF
-# A whole packet in base64 and the words around it.
-LONGEST_ANSWER = LONGEST_PACKET * 4 // 3 + 256
+LONGEST_PACKET = 0xFFFF  # bytes; in base64 it has room in one message of a dialogue
 LONGEST_ERROR = 200  # characters
 MOST_NUMBER = 1 << 53  # what every JSON reader keeps exactly
 

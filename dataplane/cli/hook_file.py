@@ -17,6 +17,7 @@ from typing import Any
 
 from dataplane.errors import InputError
 from dataplane.hook import Decision, Delay, Seen
+from dataplane.hook_answers import LONGEST_ERROR, LONGEST_PACKET
 from dataplane.observe.decode import scapy_packet
 
 FUNCTION = "on_packet"
@@ -115,7 +116,8 @@ class HookFile:
 
 
 def _named(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+    text = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]}…"
 
 
 def _in_words(wish: object) -> dict[str, Any]:
@@ -130,6 +132,10 @@ def _in_words(wish: object) -> dict[str, Any]:
     if isinstance(wish, Packet):
         wish = rebuilt(wish)
     if isinstance(wish, (bytes, bytearray)):
+        if len(wish) > LONGEST_PACKET:
+            raise ValueError(
+                f"a packet of {len(wish):,} bytes: there is none of more than {LONGEST_PACKET:,}"
+            )
         return {"packet": base64.b64encode(wish).decode()}
     raise TypeError(
         f"{FUNCTION} returned {type(wish).__name__}; it returns None, ALLOW, DROP, delay(seconds), a packet"

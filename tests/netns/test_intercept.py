@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import ssl
@@ -25,13 +26,20 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "deploy/examples/hooks"
 TOTAL_RETRANS = 100  # struct tcp_info, tcpi_total_retrans, linux/tcp.h
 
 
+def events_of_hooks(log: Path) -> set[str]:
+    """The events that a flow log has for packets that a hook decided about."""
+    rows = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {row["event"] for row in rows if row.get("reason") == "hook"}
+
+
 @pytest.mark.parametrize("wire", [Wire.ROUTED, Wire.BRIDGE])
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_hook_allows_drops_and_rewrites(
-    wire: Wire, family: int, lab: LabFactory, agent: AgentFactory
+    wire: Wire, family: int, lab: LabFactory, agent: AgentFactory, tmp_path: Path
 ) -> None:
     one = lab(["x/a", "x/b", "x/c"], Topology(wire=wire))
-    running = agent(one, web(one))
+    log = tmp_path / "flows"
+    running = agent(one, web(one), options=["--flow-log", str(log)])
     before = all_rules(one)
     code = """
 from scapy.packet import Raw
@@ -76,7 +84,8 @@ def on_packet(packet, seen):
     assert dropped["proposed"] | {"verdict": "allow", "policy": "x/web"} == dropped["proposed"]
     assert hook.summary["rewrite"] == 1
     assert running.status()["counters"]["hook"] == len(hook.rows) - 1
-    # Its rules are gone at once; what the policies say holds again.
+    until(lambda: events_of_hooks(log) == {"hook", "deny"}, what="the flow log tells of it")
+    # What the policies say holds again.
     assert passes(friend, to, target)
     assert not arrives(stranger, to, target)
 
@@ -169,6 +178,19 @@ def test_what_the_filter_leaves_out_is_not_asked_about(lab: LabFactory, agent: A
         (row,) = hook.wait(hook="drop")
         assert (row["dst_port"], row["proposed"]["reason"]) == (9, "no-rule")
     assert hook.summary["asked"] == 1
+
+
+def test_in_strict_mode_a_pod_without_a_policy_can_be_let_in(lab: LabFactory, agent: AgentFactory) -> None:
+    one = lab(["x/a", "x/b"])
+    running = agent(one, options=["--mode", "strict"])
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    to = (one.address("x/a"), SERVED)
+    assert not arrives(source, to, target)
+    with Intercept(running, "def on_packet(packet, seen): return ALLOW", *PATIENT, "pod=x/a") as hook:
+        assert passes(source, to, target)
+        assert hook.wait(hook="allow")[0]["proposed"]["reason"] == "no-rule"
+    until(lambda: not hook_rules(one), what="the rules are as before")
+    assert not arrives(source, to, target)
 
 
 def test_packets_to_local_services_are_the_hooks_too(lab: LabFactory, agent: AgentFactory) -> None:

@@ -14,7 +14,7 @@ from conftest import PODGATE, AgentFactory, LabFactory, import_path
 from interceptor import PATIENT, SERVED, Intercept, all_rules, hook_rules, members, web
 from objects import until
 from packets import Stream
-from traffic import passes, received, udp
+from traffic import arrives, passes, received, udp
 
 from dataplane.errors import InputError
 from dataplane.interception import MOST_WAITING
@@ -185,17 +185,18 @@ def test_an_agent_that_was_killed_finds_the_rules_and_takes_them_away(
     one = lab(["x/a", "x/b"])
     running = agent(one, web(one))
     before = all_rules(one)
-    with Stream(one, "x/b", "x/a", port=SERVED) as stream:
-        with Intercept(running, "def on_packet(packet, seen): pass", "pod=x/a") as hook:
-            hook.wait(5)
-            running.kill()
-            assert hook.ended() == 1
-        # Closed: what would have been judged passes by nobody's leave.
-        assert hook_rules(one)
-        stream.assert_cut()
-        running.start()
-        stream.assert_flows(20)
-        until(lambda: all_rules(one) == before and not members(one, 4), what="all is as before")
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    to = (one.address("x/a"), SERVED)
+    with Intercept(running, "def on_packet(packet, seen): pass", *PATIENT, "pod=x/a") as hook:
+        assert passes(source, to, target)
+        running.kill()
+        assert hook.ended() == 1
+    # Closed: what nobody judges does not pass.
+    assert hook_rules(one)
+    assert not arrives(source, to, target)
+    running.start()
+    assert passes(source, to, target)
+    until(lambda: all_rules(one) == before and not members(one, 4), what="all is as before")
 
 
 def test_of_an_agent_that_fails_open_everything_passes(lab: LabFactory, agent: AgentFactory) -> None:

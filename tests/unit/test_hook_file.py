@@ -73,6 +73,8 @@ def test_what_a_hook_returns(tmp_path: Path, expression: str, answer: dict[str, 
         ("delay('soon')", "could not convert string to float"),
         ("seen.sender", "AttributeError: a packet has no 'sender'; it has dst, dst_pod"),
         ("exit(3)", "SystemExit: 3"),
+        ("b'x' * 70000", "ValueError: a packet of 70,000 bytes: there is none of more than 65,535"),
+        ("int('x' * 10**6)", "ValueError: invalid literal"),
         ("1 / 0", "hook.py:2: ZeroDivisionError: division by zero"),
         ("packet['TCP']", "Layer ['TCP'] not found"),
         ("(_ for _ in ()).throw(BaseException)", "hook.py:2: BaseException"),
@@ -85,6 +87,7 @@ def test_what_goes_wrong_is_an_answer_too(tmp_path: Path, expression: str, said:
     assert list(answer) == ["error"]
     assert said in answer["error"]
     assert "\n" not in answer["error"]
+    assert len(answer["error"]) < 1000
 
 
 def test_each_failure_is_shown_once_with_the_authors_own_lines(tmp_path: Path) -> None:
