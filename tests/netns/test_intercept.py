@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import ssl
+import threading
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,14 @@ def on_packet(packet, seen):
             assert server.recv(100) == b"GET /six"
             server.sendall(b"200")
             assert client.recv(100) == b"200"
+            # Large packets are cut into segments before they come by.
+            sending_all = threading.Thread(target=client.sendall, args=(b"x" * 300_000,))
+            sending_all.start()
+            got = b""
+            while len(got) < 300_000:
+                got += server.recv(65536)
+            sending_all.join()
+            assert got == b"x" * 300_000
 
 
 def test_what_the_filter_leaves_out_is_not_asked_about(lab: LabFactory, agent: AgentFactory) -> None:

@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused_and_told(lab: LabFactory, agent: AgentFactory
     to = (one.address("x/a"), SERVED)
     code = """
 def on_packet(packet, seen):
-    word = bytes(packet)[28:].decode()
+    word = bytes(packet.payload.payload).decode()
     if word == "address":
         packet.dst = "192.0.2.1"
         return packet
@@ -230,6 +230,8 @@ def on_packet(packet, seen):
         return delay(1e9)
     if word == "number":
         return 7
+    if word.startswith("large"):
+        return packet
 """
     said = {
         "address": "keeps its addresses, protocol and ports",
@@ -237,6 +239,8 @@ def on_packet(packet, seen):
         "long": "bytes are more than the way out takes (1500)",
         "years": "a delay must be 0 to 10 seconds",
         "number": "on_packet returned int",
+        # Put together of fragments, and more than the queue is given of a packet.
+        "large" * 1500: "only 4016 of its 7528 bytes were there to rewrite",
     }
     with Intercept(running, code, *PATIENT, "pod=x/a", "udp") as hook:
         for count, (word, why) in enumerate(said.items(), 1):
@@ -248,7 +252,7 @@ def on_packet(packet, seen):
             assert (row["verdict"], row["reason"]) == ("allow", "policy-rule")
             assert why in row["why"]
             assert why in hook.said
-    assert hook.summary["refused"] == 4
+    assert hook.summary["refused"] == 5
 
 
 def test_one_at_a_time(lab: LabFactory, agent: AgentFactory) -> None:
