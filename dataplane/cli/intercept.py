@@ -178,7 +178,8 @@ class _Conversation:
             said = f"{self._control}: permission denied; the agent's socket is root's"
         else:
             said = (
-                f"no agent at {self._control}: start one with `podgate agent`, or name its socket: --control"
+                f"no agent at {self._control}: start one with `podgate agent`, or name its socket"
+                " with --control"
             )
         raise AgentUnreachable(said) from None
 
