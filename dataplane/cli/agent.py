@@ -11,7 +11,7 @@ import click
 
 from dataplane.addresses import parse_address
 from dataplane.cli.client import control_option
-from dataplane.cli.options import BindAddressType, option
+from dataplane.cli.options import kubeconfig_option, option, service_options
 from dataplane.config import (
     VPC_CNI_SOCKET,
     AgentConfig,
@@ -57,12 +57,7 @@ def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     help="A file or directory of YAML, watched; repeatable. Or kubernetes: the cluster's API server"
     " (a directory of that name: ./kubernetes).",
 )
-@option(
-    "--kubeconfig",
-    also=["KUBECONFIG"],
-    metavar="PATH",
-    help="How to reach the API server. Default: the pod's ServiceAccount, else ~/.kube/config.",
-)
+@kubeconfig_option
 @option(
     "--resolve",
     type=_choice(Resolve),
@@ -175,34 +170,14 @@ def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     help="Where an agent runs already, get everything ready, then have it hand over (a rolling update)."
     " Without, a second agent ends.",
 )
-@option(
-    "--coalesce-ms",
-    type=click.IntRange(0, 10_000),
-    default=20,
-    help="Put a change of objects in force when none has followed for so long.",
-)
-@option(
-    "--coalesce-limit-ms",
-    type=click.IntRange(0, 60_000),
-    default=200,
-    help="… and at the latest so long after the first one.",
-)
-@option(
-    "--metrics-bind-addr",
-    type=BindAddressType(),
-    default=":8162",
-    help="Serve metrics for Prometheus there, at /metrics. 0: do not.",
-)
-@option(
-    "--health-probe-bind-addr",
-    type=BindAddressType(),
-    default=":8163",
-    help="Answer probes there, at /healthz and /readyz. 0: do not.",
+@service_options(
+    coalesce="Put a change of objects in force",
+    coalesce_ms=20,
+    coalesce_limit_ms=200,
+    metrics=":8162",
+    health=":8163",
 )
 @option("--verify-seconds", type=click.FloatRange(min=0.05), default=10.0, hidden=True)
-@click.option(
-    "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="PODGATE_LOG_FORMAT"
-)
 @control_option
 def command(log_format: str, **options: Any) -> None:
     """Enforce policies on the pods of this network namespace, in the foreground.

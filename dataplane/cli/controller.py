@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dataplane.cli.options import BindAddressType, option
+from dataplane.cli.options import kubeconfig_option, option, service_options
 from dataplane.errors import InputError
 from dataplane.sources.fields import SUBDOMAIN
 
@@ -19,12 +19,7 @@ DEFAULT_NAMESPACE = "kube-system"
     epilog="Example:  podgate controller --kubeconfig ~/.kube/config\n\n"
     "In a cluster:  kubectl apply -k deploy/controller"
 )
-@option(
-    "--kubeconfig",
-    also=["KUBECONFIG"],
-    metavar="PATH",
-    help="How to reach the API server. Default: the pod's ServiceAccount, else ~/.kube/config.",
-)
+@kubeconfig_option
 @option(
     "--install-crd/--no-install-crd",
     default=True,
@@ -43,32 +38,12 @@ DEFAULT_NAMESPACE = "kube-system"
     default=100,
     help="Requests that write, at most; what more there is waits its turn.",
 )
-@option(
-    "--coalesce-ms",
-    type=click.IntRange(0, 10_000),
-    default=100,
-    help="Resolve a change of objects when none has followed for so long.",
-)
-@option(
-    "--coalesce-limit-ms",
-    type=click.IntRange(0, 60_000),
-    default=500,
-    help="… and at the latest so long after the first one.",
-)
-@option(
-    "--metrics-bind-addr",
-    type=BindAddressType(),
-    default=":8164",
-    help="Serve metrics for Prometheus there, at /metrics. 0: do not.",
-)
-@option(
-    "--health-probe-bind-addr",
-    type=BindAddressType(),
-    default=":8165",
-    help="Answer probes there, at /healthz and /readyz. 0: do not.",
-)
-@click.option(
-    "--log-format", type=click.Choice(["text", "json"]), default="text", envvar="PODGATE_LOG_FORMAT"
+@service_options(
+    coalesce="Resolve a change of objects",
+    coalesce_ms=100,
+    coalesce_limit_ms=500,
+    metrics=":8164",
+    health=":8165",
 )
 def command(log_format: str, lease_namespace: str | None, **options: Any) -> None:
     """Turn a cluster's NetworkPolicies into PolicyEndpoints, in the foreground.
