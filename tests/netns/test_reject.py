@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 import time
 
 import pytest
@@ -99,9 +100,29 @@ def _closed(sock: socket.socket) -> bool:
 
 
 @FAMILY
-def test_neither_a_forged_source_nor_an_rst_is_answered(
-    lab: LabFactory, agent: AgentFactory, family: int
-) -> None:
+def test_a_reset_is_not_answered(lab: LabFactory, agent: AgentFactory, family: int) -> None:
+    """Else two ends that reject could answer each other for ever (RFC 9293 §3.5.2)."""
+    one = lab(["x/a", "x/b"])
+    web = policy("x", "web", select(one, "x/a"), ingress=allow(one, "x/b"))
+    daemon = agent(one, web, options=["--reject"])
+    with one.make_socket("x/a", af(family), socket.SOCK_STREAM) as listener:
+        listener.bind((one.address("x/a", family), 7001))
+        listener.listen()
+        client = one.make_socket("x/b", af(family), socket.SOCK_STREAM)
+        client.settimeout(PATIENCE)
+        client.connect((one.address("x/a", family), 7001))
+        generation = daemon.status()["generation"]
+        daemon.write(deny(one, "x/a", name="web"))
+        until(lambda: daemon.status()["generation"] > generation, what="the connection is denied")
+        with sniffing(one, "x/b", one.address("x/a", family)) as heard:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()  # sends a reset
+            until(lambda: daemon.status()["counters"].get("no-rule"), what="the reset is denied")
+        assert not [packet for packet in heard if _error(packet)]
+
+
+@FAMILY
+def test_a_forged_source_is_not_answered(lab: LabFactory, agent: AgentFactory, family: int) -> None:
     one = lab(["x/a", "x/b", "x/c"])
     daemon = agent(one, deny(one, "x/a", directions="ingress"), options=["--reject"])
     target, to = udp(one, "x/a", 9000, family=family), (one.address("x/a", family), 9000)
