@@ -16,7 +16,7 @@ from steering_net import CONFIG, PORT, Listener, Net, net, steering, udp_packet
 from dataplane.addresses import parse_address, parse_prefix
 from dataplane.config import Fail, IptablesVariant, MarkLayout, Mode
 from dataplane.node.interfaces import Kind, Placement
-from dataplane.node.rendering import GROUP_CHECKED, GROUP_EGRESS
+from dataplane.node.rendering import GROUP_CHECKED, GROUP_EGRESS, GROUP_INGRESS
 from dataplane.node.rtnetlink import RouteSocket
 from dataplane.node.steering import Steering, remove_everything
 from dataplane.reasons import Reason
@@ -181,6 +181,30 @@ def test_others_bits_of_a_device_group_stay(lab: Net) -> None:
         assert group(host) == 0x01000007 | GROUP_EGRESS | GROUP_CHECKED
         steer.apply([])
         assert group(host) == 0x01000007
+
+
+def test_what_is_applied_already_is_not_applied_again(lab: Net) -> None:
+    """Others' changes are found by who looks for them; the next change meets what is there."""
+    host = lab.add_pod("a")
+    pods = [lab.steered("a", egress=True, ingress=True)]
+    member = f"{lab.address('a')},{host}"
+    with inside(lab.node):
+        steer = steering(NFT)
+        steer.install()
+        assert steer.apply(pods) is True
+        assert steer.apply(list(pods)) is False
+        run("ip", "link", "set", host, "group", "7")
+        run("ipset", "del", "podgate-spoof-4", member)
+        assert steer.apply(pods) is False
+        assert steer.keep_groups() == [host]
+        assert group(host) == 7 | GROUP_EGRESS | GROUP_INGRESS | GROUP_CHECKED
+        assert len(steer.verify(repair=True)) == 1
+        assert member in run("ipset", "save", "podgate-spoof-4")
+        assert steer.apply(pods) is True  # who repairs may have been stopped half-way
+        assert steer.apply(pods) is False
+        assert steer.apply([]) is True
+        assert (group(host), member in run("ipset", "save", "podgate-spoof-4")) == (7, False)
+        assert steer.verify() == []
 
 
 def test_remove_takes_away_ours_and_nothing_else(lab: Net, variant: IptablesVariant) -> None:
