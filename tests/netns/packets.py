@@ -139,7 +139,10 @@ class Stream:
     def assert_flows(self, blocks: int = 40) -> None:
         """It is alive: so many more blocks arrive, all in order."""
         before = self.received
-        until(lambda: self.received >= before + blocks or self.fault, what=f"{blocks} more blocks")
+        # After a cut the next repetition may be as far off as the cut was long (RFC 6298 §5.5).
+        until(
+            lambda: self.received >= before + blocks or self.fault, timeout=30, what=f"{blocks} more blocks"
+        )
         assert self.fault is None
 
     def assert_cut(self, within: float = 1.0, watch: float = 0.6) -> None:
