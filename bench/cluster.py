@@ -34,6 +34,7 @@ from objects import pod, policy, rule, select
 from dataplane.lab.world import Lab
 
 TICKS = os.sysconf("SC_CLK_TCK")
+WRITERS = 16  # an update takes the API server some 50 ms
 
 
 def slice_(number: int, endpoints: list[Any], chance: random.Random) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def churn(
     done = [0]
     end = time.monotonic() + seconds
 
-    def work(share: int, seed: int) -> None:
+    def work(seed: int) -> None:
         mine = random.Random(seed)
         due = time.monotonic()
         while due < end:
@@ -145,11 +146,11 @@ def churn(
                 made, {"spec": {"ingress": [*made["spec"]["ingress"][1:], rule(address, "80/TCP")]}}
             )
             done[0] += 1
-            due += share / rate
+            due += WRITERS / rate
             time.sleep(max(due - time.monotonic(), 0))
 
     before, began = cpu(pid), time.monotonic()
-    threads = [threading.Thread(target=work, args=(4, seed)) for seed in range(4)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(WRITERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
