@@ -14,14 +14,16 @@ from pathlib import Path
 import captures
 import pytest
 import yaml
-from conftest import PODGATE, AgentFactory, LabFactory, import_path
+from conftest import PODGATE, ROOT, AgentFactory, LabFactory, import_path
 from objects import PodLabels, network_policy
 
 from dataplane.lab.probe import probe
 from dataplane.lab.world import Lab
+from dataplane.sources.directory import read_paths
 
 pytestmark = pytest.mark.netns
 
+STARS = ROOT / "deploy/examples/stars"
 NAMES = ("x/web", "x/db", "y/api")
 LABELS: PodLabels = {"x/web": {"app": "web"}, "x/db": {"app": "db"}, "y/api": {"app": "api"}}
 PORTS = ["80/TCP", "81/TCP"]
@@ -112,3 +114,28 @@ def test_a_capture_of_the_node(lab: LabFactory, agent: AgentFactory, tmp_path: P
     among = {(a, b, port) for a, b in pairs for port in PORTS if again.allows(a, b, port)}
     # Nobody was seen to talk to the API, nor it to anybody: nothing is said of it but by the others.
     assert among == reached
+
+
+def test_advice_reproduces_what_the_demo_allows(lab: LabFactory, agent: AgentFactory, tmp_path: Path) -> None:
+    """Everybody who may talk does, is captured, and the policies made of it alone give the same matrix."""
+    one = lab(read_paths([STARS / "pods.yaml"]).snapshot.pods)
+    daemon = agent(one, start=False)
+    daemon.write_text((STARS / "pods.yaml").read_text(), "pods.yaml", wait=False)
+    policies = "\n---\n".join(path.read_text() for path in sorted(STARS.glob("0*.yaml")))
+    daemon.write_text(policies, wait=False)
+    daemon.start()
+    ports = ["80/TCP", "6379/TCP", "9000/TCP", "9001/TCP"]
+    dump = tmp_path / "demo.pcap"
+    with capturing(one, dump):
+        before = {family: probe(one, ports, family=family) for family in (4, 6)}
+    assert before[4].allows("stars/frontend", "stars/backend", "6379/TCP")
+    assert not before[4].allows("client/client", "stars/backend", "6379/TCP")
+    advised = one.run(
+        "node",
+        *("env", f"PYTHONPATH={import_path()}"),
+        *PODGATE,
+        *("advise", str(dump), str(daemon.directory), "--filter", "tcp"),
+    ).stdout
+    daemon.write_text(advised)
+    for family, matrix in before.items():
+        assert not probe(one, ports, family=family).diff(matrix)
