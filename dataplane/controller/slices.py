@@ -394,13 +394,16 @@ def _write_group(slots: Sequence[_Slot], wanted: Contents, head: Head, writes: _
 
 
 def _in_turn(
-    stage: Iterable[_Slot], last: _Slot | None, following: Collection[_Slot] | Mapping[_Slot, object]
+    stage: Mapping[_Slot, Slice | None], last: _Slot | None, following: Mapping[_Slot, object]
 ) -> list[_Slot]:
     """The slots of a stage: what was written last comes first, and what the next stage writes comes last.
 
-    Two writes of one slot that follow each other are one.
+    Two writes of one slot that follow each other are one. But before a slice is deleted, which may be
+    the only one that says how pods of others are isolated, those others say it.
     """
-    return sorted(stage, key=lambda slot: (slot is not last, slot in following, slot.place))
+    return sorted(
+        stage, key=lambda slot: (slot is not last, stage[slot] is None, slot in following, slot.place)
+    )
 
 
 def _isolated_before_pods_come(slots: Iterable[_Slot], head: Head) -> frozenset[Direction]:

@@ -247,6 +247,21 @@ def test_groups_that_exchange_pods_hold_them_meanwhile() -> None:
     settle(found, after)
 
 
+def test_a_slice_that_alone_isolates_goes_last() -> None:
+    """As a controller that ended half-way may leave them: an empty slice isolates the others' pods."""
+    both = HEAD._replace(isolates=frozenset(Direction))
+    one = HEAD._replace(isolates=frozenset({Direction.INGRESS}))
+    other = HEAD._replace(isolates=frozenset({Direction.EGRESS}))
+    found = [
+        Found("web-0", "u0", "1", Slice(one, None, Contents(pods([1]), (), entries([1]))), False),
+        Found("web-1", "u1", "1", Slice(other, None, Contents()), False),
+    ]
+    writes = plan(found, Desired(both, {None: Contents(pods([1]))}))
+    for state in apply(found, writes):
+        assert {direction for _, direction in judge(each.slice for each in state)} == set(Direction)
+    assert [(each.slice.head, each.name) for each in state] == [(both, "web-0")]
+
+
 def test_rules_that_the_server_refuses_are_left_out() -> None:
     found = settle([], desire(Contents(pods([1]), entries([1, 2]))))
     wanted = desire(Contents(pods([1, 2]), entries([2, 3]), entries([4])))
