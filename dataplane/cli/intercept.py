@@ -52,12 +52,13 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _header(began: Record) -> str:
+def _header(began: Record, seconds: float) -> str:
     pods = began["pods"]
+    latest = f", after {seconds:g} s at the latest" if seconds else ""
     more = f" and {len(pods) - PODS_NAMED} more" if len(pods) > PODS_NAMED else ""
     text = (
         f"Packets of {', '.join(pods[:PODS_NAMED])}{more} wait for the hook, {began['timeout'] * 1000:g} ms"
-        " at most each, until this ends: they pass no faster than Python answers. Ctrl-C ends it."
+        f" at most each, until this ends{latest}: they pass no faster than Python answers. Ctrl-C ends it."
     )
     return text + (" The agent runs with --audit: what the hook drops passes." if began["audit"] else "")
 
@@ -126,8 +127,11 @@ class _Printer:
 class _Conversation:
     """With the agent, about packets; the hook is called in the main thread, where Ctrl-C reaches it."""
 
-    def __init__(self, control: Path, hook: HookFile, printer: _Printer, most: int | None) -> None:
+    def __init__(
+        self, control: Path, hook: HookFile, printer: _Printer, most: int | None, seconds: float
+    ) -> None:
         self._control = control
+        self._seconds = seconds
         self._hook = hook
         self._printer = printer
         self._left = most
@@ -193,7 +197,7 @@ class _Conversation:
                 if self._left == 0:
                     self.leave()
         elif "began" in item:
-            _say(_header(item))
+            _say(_header(item, self._seconds))
         elif "summary" in item:
             self.summary, self.why = item["summary"], item["why"]
         elif "error" in item:
@@ -265,6 +269,15 @@ class _Conversation:
     metavar="SECONDS",
     help="How long a packet waits for the hook; then it gets its verdict by the rules.",
 )
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=600,
+    show_default=True,
+    metavar="SECONDS",
+    help="End after so long: one that was forgotten, or whose `kubectl exec` was cut off, does not go on. 0:"
+    " never.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show packets too that are left to the rules.")
 @click.option("-n", "--count", "most", type=click.IntRange(min=1), metavar="N", help="End after N packets.")
 @output_option
@@ -273,6 +286,7 @@ def command(
     filter_: tuple[str, ...],
     file: Path,
     timeout: float,
+    seconds: float,
     verbose: bool,
     most: int | None,
     output: str,
@@ -292,14 +306,17 @@ def command(
     hook = HookFile(file, _say)
     hook.warm_up()
     printer = _Printer(out, output == "json", verbose)
-    conversation = _Conversation(control, hook, printer, most)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    conversation = _Conversation(control, hook, printer, most, seconds)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, conversation.interrupted)
+    # A second time for a hook that takes no notice of the first.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 2 * FAREWELL_SECONDS)
     try:
         asyncio.run(conversation.run({"filter": str(selection), "timeout": str(timeout)}))
     except KeyboardInterrupt:
         pass  # in the hook, at an unlucky moment: the agent notices that we have gone
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout = out
     printer.end(conversation.summary or {"asked": conversation.asked, **printer.counts}, hook.counts)
     if not conversation.left:

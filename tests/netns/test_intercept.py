@@ -231,6 +231,25 @@ def test_it_ends_by_itself_after_so_many_packets(lab: LabFactory, agent: AgentFa
     assert passes(source, to, target)
 
 
+@pytest.mark.parametrize("hangs", [False, True], ids=["idle", "in-the-hook"])
+def test_it_ends_by_itself_after_so_long(lab: LabFactory, agent: AgentFactory, hangs: bool) -> None:
+    """What `kubectl exec` has started lives on when kubectl is killed."""
+    one = lab(["x/a", "x/b"])
+    running = agent(one, web(one))
+    source, target = udp(one, "x/b", 7001), udp(one, "x/a", SERVED)
+    to = (one.address("x/a"), SERVED)
+    code = "import time\ndef on_packet(packet, seen): time.sleep(1000)"
+    with Intercept(running, code, "--seconds", "4", "pod=x/a") as hook:
+        assert "until this ends, after 4 s at the latest" in hook.lines[0]
+        if hangs:
+            source.sendto(b"one", to)
+            assert received(target, 20, 1) == [b"one"]
+        assert hook.ended() == 0
+    assert hook.summary.get("timeout", 0) == int(hangs)
+    until(lambda: not hook_rules(one), what="the rules are as before")
+    assert passes(source, to, target)
+
+
 def test_in_audit_a_drop_passes_and_says_so(lab: LabFactory, agent: AgentFactory) -> None:
     one = lab(["x/a", "x/b"])
     running = agent(one, web(one), options=["--audit"])
