@@ -32,10 +32,10 @@ from dataplane.node.queues import QueueSet
 from dataplane.node.steering import Steering, installed_marks
 from dataplane.observe.live import LiveVerdicts
 from dataplane.observe.log import Logger, get_logger
-from dataplane.plan import Plan, Planner, touched
+from dataplane.plan import Choice, Plan, Planner, touched
 from dataplane.policy.compile import Compiler
 from dataplane.policy.resolve import Resolver, in_force
-from dataplane.watching import Choice, Watching
+from dataplane.watching import Watching
 
 RETRY_SECONDS = 2.0  # after a step that the kernel refused
 SOLICIT_SECONDS = 0.5  # a pod on a bridge is asked for this often until its port is known
@@ -217,6 +217,15 @@ class Enforcement:
         self.look()
         return await waiter
 
+    async def _settle_or(self, undo: Callable[[], None]) -> None:
+        """Wait until what was just asked for is in force; else `undo` it. KernelError: the kernel refuses."""
+        try:
+            if not await self.settle():
+                raise KernelError(f"the agent cannot change its rules now: {self.refused}")
+        except BaseException:
+            undo()
+            raise
+
     async def watch(self, choice: Choice) -> None:
         """Show every packet of the pods that `choice` chooses to readers of `live`, until `unwatch`.
 
@@ -226,12 +235,7 @@ class Enforcement:
         if not queue.running:
             await self.in_kernel_thread(queue.start)
         self.watching.add(choice)
-        try:
-            if not await self.settle():
-                raise KernelError(f"the agent cannot change its rules now: {self.refused}")
-        except BaseException:
-            self.unwatch(choice)
-            raise
+        await self._settle_or(lambda: self.unwatch(choice))
 
     def unwatch(self, choice: Choice) -> None:
         """End what `watch` began. Returns before it is in force."""
@@ -253,12 +257,7 @@ class Enforcement:
         changed then.
         """
         self.interception.begin(choice, hook)
-        try:
-            if not await self.settle():
-                raise KernelError(f"the agent cannot change its rules now: {self.refused}")
-        except BaseException:
-            self.end_interception(hook)
-            raise
+        await self._settle_or(lambda: self.end_interception(hook))
 
     def end_interception(self, hook: Hook) -> None:
         """End what `intercept` began: at once for `hook`; returns before its rules are gone."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -24,10 +23,9 @@ from dataplane._engine import Publisher, Worker
 from dataplane.config import AgentConfig, Fail
 from dataplane.errors import InputError, KernelError
 from dataplane.hook_answers import Answer, Wish, check_rewritten
-from dataplane.model import Key
 from dataplane.node.steering import hook_queue
 from dataplane.observe.live import LiveVerdicts
-from dataplane.plan import Plan
+from dataplane.plan import Choice, Plan
 from dataplane.reasons import Reason
 from dataplane.verdict import Event, Verdict
 
@@ -43,8 +41,6 @@ LINGER_SECONDS = 0.5  # the queue is ours for so long after the rules that fill 
 OURS = frozenset(
     {Reason.MALFORMED, Reason.FRAGMENT, Reason.SPOOFED, Reason.NO_TABLE, Reason.NEIGHBOUR_DISCOVERY}
 )
-
-Choice = Callable[[Iterable[Key]], frozenset[Key]]
 
 
 class Hook(Protocol):
@@ -111,10 +107,7 @@ class Interception:
 
     def addresses(self, plan: Plan) -> frozenset[bytes]:
         """The addresses of the pods whose packets are intercepted now."""
-        if self._choice is None:
-            return frozenset()
-        pods = self._choice(plan.placements)
-        return frozenset(address for key in pods for address in plan.pods[key].addresses)
+        return plan.addresses_of([self._choice] if self._choice is not None else [])
 
     # --- beginning and end ----------------------------------------------------------------------------
 

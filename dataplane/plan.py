@@ -6,7 +6,7 @@ live flows a change concerns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from dataplane.addresses import Prefix
@@ -28,6 +28,8 @@ from dataplane.node.steering import SteeredPod
 from dataplane.policy.compile import PodEntry
 from dataplane.policy.effective import DirectionRules, Effective, PodRules, changed_pods
 
+# Which of the pods known here somebody means, now and whenever they change.
+Choice = Callable[[Iterable[Key]], frozenset[Key]]
 _Claim = tuple[tuple[bytes, ...], float]
 
 NOTHING = DirectionRules(())  # isolated, and no rule allows anything
@@ -59,6 +61,11 @@ class Plan:
     audited: int = 0
     watched: frozenset[bytes] = frozenset()
     hooked: frozenset[bytes] = frozenset()
+
+    def addresses_of(self, choices: Iterable[Choice]) -> frozenset[bytes]:
+        """The addresses of the pods with an interface that any of `choices` means."""
+        pods = frozenset[Key]().union(*(choice(self.placements) for choice in choices))
+        return frozenset(address for key in pods for address in self.pods[key].addresses)
 
 
 def node_addresses(config: AgentConfig, state: LinkState) -> frozenset[bytes]:

@@ -17,9 +17,8 @@ class Latency(NamedTuple):
     """Of one change that came into force, in seconds.
 
     `received`: since its first event was received, the coalescing window included. `settled`: since that
-    window was over. `triggered`: since
-    the trigger time that its PolicyEndpoint carries, None where it carries none; 0 where the clock of
-    the machine that wrote it is ahead of ours.
+    window was over. `triggered`: since the trigger time that its PolicyEndpoint carries, None where it
+    carries none; 0 where the clock of the machine that wrote it is ahead of ours.
     """
 
     received: float

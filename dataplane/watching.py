@@ -9,20 +9,15 @@ agent that starts anew takes them away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from dataplane._engine import Publisher
 from dataplane.config import AgentConfig, Backend, Fail
 from dataplane.errors import KernelError
-from dataplane.model import Key
 from dataplane.node.queues import QueueSet
 from dataplane.node.steering import watch_queue
 from dataplane.observe.live import LiveVerdicts
-from dataplane.plan import Plan
+from dataplane.plan import Choice, Plan
 
 CACHE_ENTRIES = 8192
-
-Choice = Callable[[Iterable[Key]], frozenset[Key]]
 
 
 class Watching:
@@ -49,10 +44,7 @@ class Watching:
 
     def addresses(self, plan: Plan) -> frozenset[bytes]:
         """The addresses of the pods that somebody looks at now."""
-        if not self._choices:
-            return frozenset()
-        pods = frozenset[Key]().union(*(choice(plan.placements) for choice in self._choices))
-        return frozenset(address for key in pods for address in plan.pods[key].addresses)
+        return plan.addresses_of(self._choices)
 
     def prepare(self) -> QueueSet:
         """The queue, not yet ours. For the event loop's thread. KernelError when there can be none."""

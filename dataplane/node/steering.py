@@ -315,13 +315,8 @@ class Steering:
         False when that is what was last applied: the kernel is not asked then. What others have changed
         since, `keep_groups` and `verify` find.
         """
-        asked = (
-            tuple(pods),
-            frozenset(services),
-            frozenset(not_pods),
-            frozenset(watched),
-            frozenset(hooked),
-        )
+        services, not_pods = frozenset(services), frozenset(not_pods)
+        asked = (tuple(pods), services, not_pods, frozenset(watched), frozenset(hooked))
         if asked == self._applied and not self._unwritten and self.unguarded is None:
             return False
         for pod in pods:
@@ -329,9 +324,9 @@ class Steering:
                 raise KernelError(
                     f"pod {pod.key}: iptables cannot match the name of its interface, {pod.placement.name!r}"
                 )
-        wanted = set_members(pods, asked[1], self.families, watched, hooked)
+        wanted = set_members(pods, services, self.families, watched, hooked)
         ports = bridge_ports(pods)
-        options = self._options_for(asked[2], watch=bool(watched), hook=bool(hooked))
+        options = self._options_for(not_pods, watch=bool(watched), hook=bool(hooked))
         # What was applied is still there, or `verify` will put it back; else nobody knows.
         present = self._sets if self._applied is not None and self._sets is not None else self._present_sets()
         self._applied = None
