@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from conftest import PODGATE, RunningAgent, import_path
+from conftest import RunningAgent
 from objects import Object, allow, policy, select, until
+from record_command import RecordCommand
 
 from dataplane.lab.world import Lab
 
@@ -19,28 +18,18 @@ PATIENT = ["--timeout", "10"]  # where the test is not about time: a busy machin
 IMPORTS = "from dataplane.hook import ALLOW, DROP, delay\n"
 
 
-class Intercept:
+class Intercept(RecordCommand):
     """`podgate intercept -v -o json` in the node; a context manager that begins when the agent says so."""
+
+    patience = 20.0
 
     def __init__(self, running: RunningAgent, code: str | Path, *argv: str) -> None:
         """`code`: what the hook file says, after its imports; or the file itself."""
-        self.rows: list[dict[str, Any]] = []
         self.lines: list[str] = []
         file = code if isinstance(code, Path) else running.directory.parent / "hook.py"
         if isinstance(code, str):
             file.write_text(IMPORTS + code)
-        self.process = running.lab.popen(
-            "node",
-            "env",
-            f"PYTHONPATH={import_path()}",
-            *PODGATE,
-            "intercept",
-            *("--hook", str(file), "-v", "-o", "json", "--control", str(running.control)),
-            *argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        super().__init__(running, "intercept", "--hook", str(file), "-v", *argv)
         self._threads = [threading.Thread(target=self._rows), threading.Thread(target=self._said)]
         for thread in self._threads:
             thread.start()
@@ -64,16 +53,6 @@ class Intercept:
         assert self.lines[0].startswith("Packets of "), self.said
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self, number: int = signal.SIGINT) -> int:
-        """End it by a signal; its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.send_signal(number)
-        return self.ended()
-
     def ended(self) -> int:
         """Its exit status once it has ended."""
         status = self.process.wait(20)
@@ -83,18 +62,6 @@ class Intercept:
             assert pipe is not None
             pipe.close()
         return status
-
-    def of(self, **fields: Any) -> list[dict[str, Any]]:
-        return [row for row in list(self.rows) if all(row.get(name) == one for name, one in fields.items())]
-
-    def wait(self, count: int = 1, **fields: Any) -> list[dict[str, Any]]:
-        """The rows with these fields, once there are so many."""
-        until(
-            lambda: len(self.of(**fields)) >= count,
-            timeout=20,
-            what=f"{count} with {fields}: {self.rows[-5:]} {self.said}",
-        )
-        return self.of(**fields)
 
     @property
     def summary(self) -> dict[str, int]:

@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import pytest
 from conftest import PODGATE, AgentFactory, LabFactory, RunningAgent, import_path
 from objects import Object, allow, policy, select, until
 from packets import Stream
+from record_command import RecordCommand
 from traffic import passes, sending, udp
 
 from dataplane.lab.topology import Topology, Wire
@@ -30,23 +31,11 @@ pytestmark = pytest.mark.netns
 SERVED, REFUSED = 8001, 8002
 
 
-class Trace:
+class Trace(RecordCommand):
     """`podgate trace -o json` in the node; a context manager that begins when the agent says so."""
 
     def __init__(self, running: RunningAgent, *argv: str) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.process = running.lab.popen(
-            "node",
-            "env",
-            f"PYTHONPATH={import_path()}",
-            *PODGATE,
-            "trace",
-            *argv,
-            *("-o", "json", "--control", str(running.control)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        super().__init__(running, "trace", *argv)
         assert self.process.stderr is not None
         self.header = self.process.stderr.readline()
         self.said = ""
@@ -62,18 +51,8 @@ class Trace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self, number: int = signal.SIGINT) -> int:
-        """End it by a signal; its exit status. What it says at the end is in `said`."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.send_signal(number)
-        return self.ended()
-
     def ended(self) -> int:
-        """Its exit status once it has ended by itself."""
+        """Its exit status once it has ended. What it said at the end is in `said`."""
         status = self.process.wait(15)
         self._thread.join(15)
         assert self.process.stderr is not None
@@ -82,14 +61,6 @@ class Trace:
             assert pipe is not None
             pipe.close()  # closed already is no error
         return status
-
-    def of(self, **fields: Any) -> list[dict[str, Any]]:
-        return [row for row in list(self.rows) if all(row.get(name) == one for name, one in fields.items())]
-
-    def wait(self, count: int = 1, **fields: Any) -> list[dict[str, Any]]:
-        """The rows with these fields, once there are so many."""
-        until(lambda: len(self.of(**fields)) >= count, what=f"{count} records with {fields}: {self.rows}")
-        return self.of(**fields)
 
 
 @contextlib.contextmanager
